@@ -1,0 +1,188 @@
+"""Command lines: the flags scripts share, start-up, and errors as one line with exit status 2."""
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Callable
+
+from ip_adapter.config import ROOT, InferenceConfig, load_config
+from ip_adapter.demo import demo_checkpoint
+from ldm.device import default_dtype, default_mode, start_device
+from ldm.errors import UserError
+
+VERSIONS = {"1.5": "sd_v15.yaml", "demo": "sd_demo.yaml"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole flag names only, defaults in the help, and one-line errors that know the nearest flag."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str):
+        """Print one line and leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (-h lists all flags)\n")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse, but an unknown flag is answered with the nearest known one."""
+        known, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(word.split("=")[0], flags, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown flag {word}{hint}" if word.startswith("-") else f"unexpected argument {word!r}")
+        return known
+
+
+def in_range(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a finite number between `low` and `high`, both included."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' * (kind is int)} number") from None
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {low} to {high}")
+        return value
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """An argparse type: true or false, yes or no, 1 or 0."""
+    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "yes", "1")
+
+
+def multiple_of_8(text: str) -> int:
+    """An argparse type: the height or width of a picture."""
+    size = in_range(int, 8, 4096)(text)
+    if size % 8:
+        raise argparse.ArgumentTypeError(f"{size} is not a multiple of 8; the nearest are {size // 8 * 8} and {size // 8 * 8 + 8}")
+    return size
+
+
+def existing_file(text: str) -> Path:
+    """An argparse type: a file that is there."""
+    path = Path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: is a folder, expected a file")
+    return path
+
+
+def config_from(argv: list | None) -> tuple:
+    """The configuration that `--version` and `--config` name, before the other flags take their defaults from it.
+
+    Returns:
+        The version's name and the configuration.
+    """
+    early = Parser(description="")
+    early.add_argument("--version", choices=sorted(VERSIONS), default="1.5")
+    early.add_argument("--config")
+    args, _ = early.parse_known_args([word for word in (sys.argv[1:] if argv is None else argv)
+                                      if word not in ("-h", "--help")])
+    path = Path(args.config) if args.config else ROOT / "configs" / "inference" / VERSIONS[args.version]
+    return args.version, load_config(InferenceConfig, path)
+
+
+def inference_parser(description: str, version: str, config: InferenceConfig) -> Parser:
+    """The flags all inference scripts share, with their defaults from `config`; scripts add their own."""
+    s, parser = config.sampling, Parser(description)
+    parser.set_defaults(default_samples=s.n_samples)
+    add = parser.add_argument
+    add("--prompt", default=s.prompt, help="what the picture should show")
+    add("--negative_prompt", default=s.negative_prompt, help="what it should not show")
+    add("--data_path", type=existing_file, help="text file with one prompt a line, instead of --prompt")
+    add("--negative_data_path", type=existing_file, help="text file with one negative prompt, or one for each prompt")
+    add("--ip_scale", type=in_range(float, 0, 10), default=s.ip_scale,
+        help="weight of the picture prompt; 0 is plain text-to-image")
+    add("--scale", "--guidance_scale", type=in_range(float, 0, 100), default=s.scale,
+        help="classifier-free guidance; 1 or less leaves the negative side out")
+    add("--seed", type=in_range(int, 0, 2**63), default=s.seed, help="picture n is made from seed + n")
+    add("--sampling_steps", "--sample_step", type=in_range(int, 1, 1000), default=s.sampling_steps,
+        help="denoising steps")
+    add("--H", type=multiple_of_8, default=s.H, help="height in pixels, a multiple of 8")
+    add("--W", type=multiple_of_8, default=s.W, help="width in pixels, a multiple of 8")
+    add("--n_samples", "--num_cols", "--ncols", type=in_range(int, 1, 1000), default=None,
+        help=f"pictures made together in one trial (default: {s.n_samples}, or as many as --latents holds)")
+    add("--n_iter", "--num_trials", type=in_range(int, 1, 100000), default=s.n_iter, help="trials for each prompt")
+    add("--latents", type=existing_file, help=".npy with the starting noise (n, 4, H/8, W/8) float32 of unit "
+                                              "variance, instead of the seeded one")
+    add("--config", help="YAML file with the defaults of all this (default: by --version)")
+    add("--version", choices=sorted(VERSIONS), default=version, help="which model: Stable Diffusion 1.5, or the demo "
+                                                                   "model that needs no download")
+    add("--ckpt_path", "--weight", type=existing_file, default=argparse.SUPPRESS,
+        help=f"merged checkpoint (default: {' or '.join(config.ckpt_path) or 'the demo model'})")
+    add("--device_target", choices=["Ascend", "CPU"], default=argparse.SUPPRESS,
+        help="where to run (default: Ascend if there is one, else CPU)")
+    add("--ms_mode", type=int, choices=[0, 1], default=argparse.SUPPRESS,
+        help="0: compiled graphs, 1: PyNative (default: 0 on Ascend, 1 on the CPU, where compiling takes longer "
+             "than it saves)")
+    add("--dtype", choices=["float16", "float32"], default=argparse.SUPPRESS,
+        help="precision of the networks (default: float16 on Ascend, float32 on the CPU)")
+    add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="how much is said")
+    add("--output_path", "--save_path", type=Path, default=Path(config.output_path), help="output folder")
+    add("--skip_save", action="store_true", help="do not write the single pictures")
+    add("--skip_grid", action="store_true", help="do not write the grid")
+    return parser
+
+
+def default_weights(args: argparse.Namespace, config: InferenceConfig) -> Path:
+    """The checkpoint to load: the flag's, else the first default that exists, else the demo model's.
+
+    Raises:
+        UserError: neither flag nor file.
+    """
+    if hasattr(args, "ckpt_path"):
+        return args.ckpt_path
+    if not config.ckpt_path:
+        return demo_checkpoint()
+    return first_existing(config.ckpt_path, "--ckpt_path", "make it with tools/merge_ckpts_sd.py or try --version demo")
+
+
+def first_existing(paths, flag: str, advice: str = "name another") -> Path:
+    """The first of `paths` that is a file.
+
+    Raises:
+        UserError: none is.
+    """
+    for path in paths:
+        if Path(path).is_file():
+            return Path(path)
+    raise UserError(f"{flag}: no file {' or '.join(map(str, paths))}; {advice}")
+
+
+def start_logging(level: str = "info") -> None:
+    """Messages as plain lines on standard error."""
+    logging.basicConfig(level=level.upper(), format="%(message)s", stream=sys.stderr, force=True)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Set up logging, device and mode; fills in `device_target`, `ms_mode` and `dtype` where no flag did."""
+    start_logging(args.log_level)
+    args.device_target = start_device(getattr(args, "device_target", None), getattr(args, "ms_mode", None))
+    args.ms_mode = default_mode() if not hasattr(args, "ms_mode") else args.ms_mode
+    args.dtype = getattr(args, "dtype", None) or default_dtype()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script: the user's mistakes become one line and status 2, Ctrl-C status 130."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_leave(2, f"{name}: error: {' '.join(str(error).split())}"))
+    except KeyboardInterrupt:
+        sys.exit(_leave(130, f"{name}: interrupted; finished pictures and files are kept, unfinished ones removed"))
+
+
+def _leave(status: int, line: str) -> int:
+    print(line, file=sys.stderr)
+    return status

@@ -1,0 +1,99 @@
+"""Configuration: YAML files checked against dataclasses; an unknown key or a wrong type stops the run.
+
+The sizes of networks are not configured: they are read off the checkpoint (`ldm/architecture.py`).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Tuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class ModelConfig:
+    """What the tensors of a checkpoint do not tell.
+
+    Attributes:
+        num_heads: heads of every UNet attention, or -1.
+        num_head_channels: channels of one head, or -1 if `num_heads` counts.
+        text_activation: activation of the CLIP text encoder.
+        image_heads: heads of the image encoder.
+        scale_factor: what the autoencoder's latents are multiplied by.
+        beta_start: beta of timestep 0.
+        beta_end: beta of timestep 999.
+    """
+
+    num_heads: int = 8
+    num_head_channels: int = -1
+    text_activation: str = "quick_gelu"
+    image_heads: int = 16
+    scale_factor: float = 0.18215
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+
+@dataclass
+class SamplingConfig:
+    """Defaults of the flags of the same name."""
+
+    prompt: str = "best quality, high quality"
+    negative_prompt: str = "monochrome, lowres, bad anatomy, worst quality, low quality"
+    sampling_steps: int = 50
+    scale: float = 7.5
+    ip_scale: float = 1.0
+    H: int = 512
+    W: int = 512
+    n_samples: int = 4
+    n_iter: int = 1
+    seed: int = 42
+
+
+@dataclass
+class InferenceConfig:
+    """Everything an inference script takes from its YAML file.
+
+    Attributes:
+        name: name of the model, for metadata and messages.
+        model: what the tensors do not tell.
+        sampling: defaults of flags.
+        ckpt_path: candidates for the merged checkpoint; the first that exists is the default.
+        img: default picture, empty for none.
+        output_path: default output folder.
+    """
+
+    name: str = "SD-1.5"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    ckpt_path: Tuple[str, ...] = ()
+    img: str = ""
+    output_path: str = "outputs/demo/SD"
+
+
+def load_config(schema: type, path) -> object:
+    """A YAML file as an instance of `schema`.
+
+    Args:
+        schema: a dataclass; its defaults stand where the file is silent.
+        path: the YAML file.
+
+    Raises:
+        UserError: missing file, broken YAML, unknown key or wrong type; the message names the key.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file; expected a YAML file such as those in configs/inference")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
+        return OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        key = getattr(error, "full_key", None)
+        raise UserError(f"--config {path}: {f'key {key}: ' if key else ''}{reason[0] if reason else error}") from None
+    except Exception as error:  # the YAML parser's own errors
+        raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None

@@ -1,0 +1,159 @@
+"""One run of an inference script: which pictures, from which noise, saved where, reported how."""
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import numpy as np
+from mindspore import Tensor
+from PIL import Image
+from tqdm import tqdm
+
+from ip_adapter import __version__
+from ip_adapter.pictures import file_sha256, grid, save_png
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Batch:
+    """Pictures made together.
+
+    Attributes:
+        prompts: one for each picture.
+        negative_prompts: one for each picture.
+        seeds: one for each picture.
+        noise: (B, 4, H / 8, W / 8) float32, unit variance.
+    """
+
+    prompts: list
+    negative_prompts: list
+    seeds: list
+    noise: Tensor
+
+
+class Run:
+    """Plans the pictures of a run, counts its time and writes what it makes.
+
+    Args:
+        args: parsed flags of `ip_adapter.cli.inference_parser`.
+        model_name: for the metadata.
+        weights: the checkpoint used, for the metadata.
+        latent_channels: channels of a latent.
+
+    Raises:
+        UserError: prompt files or --latents do not fit.
+    """
+
+    def __init__(self, args: argparse.Namespace, model_name: str, weights: Path, latent_channels: int = 4):
+        self.args, self.name, self.weights = args, model_name, weights
+        self.pairs = list(zip(*prompt_pairs(args)))
+        self.shape = (latent_channels, args.H // 8, args.W // 8)
+        self.latents = None if args.latents is None else read_latents(args.latents, self.shape)
+        if args.n_samples is None:
+            args.n_samples = self._default_samples()
+        total = len(self.pairs) * args.n_iter * args.n_samples
+        if self.latents is not None and len(self.latents) != total:
+            raise UserError(f"--latents {args.latents}: holds {len(self.latents)} starting points, expected {total} "
+                            "(--n_samples x --n_iter x prompts)")
+        self.made, self.steps, self.sampling_seconds, self.started = 0, 0, 0.0, time.time()
+
+    def _default_samples(self) -> int:
+        if self.latents is None:
+            return self.args.default_samples
+        return max(1, len(self.latents) // (len(self.pairs) * self.args.n_iter))
+
+    def batches(self) -> Iterator[Batch]:
+        """All batches; picture n of the run depends on its own seed only, not on the batch it is in."""
+        n = 0
+        for prompt, negative in self.pairs:
+            for _ in range(self.args.n_iter):
+                indices = range(n, n + self.args.n_samples)
+                n += self.args.n_samples
+                seeds = [self.args.seed + i for i in indices]
+                noise = [self.latents[i] if self.latents is not None
+                         else np.random.default_rng(seed).standard_normal(self.shape, np.float32)
+                         for i, seed in zip(indices, seeds)]
+                yield Batch([prompt] * len(seeds), [negative] * len(seeds), seeds, Tensor(np.stack(noise)))
+
+    def sample(self, steps: Iterable[Tensor], total: int) -> Tensor:
+        """Go through a sampler's steps under a progress bar; returns the last one, finished."""
+        begun, x = time.time(), None
+        for x in tqdm(steps, total=total, desc="sampling", unit="step", disable=None):
+            pass
+        x.asnumpy()  # Ascend runs behind the host; the clock stops when the last step is really done
+        self.steps += total
+        self.sampling_seconds += time.time() - begun
+        return x
+
+    def save(self, pictures: np.ndarray, batch: Batch, inputs: list) -> None:
+        """Write a batch: single pictures under samples/, and a grid with the inputs on the left."""
+        folder = Path(self.args.output_path)
+        for picture, prompt, negative, seed in zip(pictures, batch.prompts, batch.negative_prompts, batch.seeds):
+            if not self.args.skip_save:
+                path = save_png(folder / "samples", Image.fromarray(picture), self.settings(prompt, negative, seed))
+                log.debug("%s", path)
+        if not self.args.skip_grid:
+            settings = self.settings(batch.prompts[0], batch.negative_prompts[0], batch.seeds[0])
+            save_png(folder, grid(inputs, pictures), settings, "grid-{:05d}.png")
+        self.made += len(pictures)
+
+    def settings(self, prompt: str, negative: str, seed: int) -> dict:
+        """What repeats a picture, as text metadata."""
+        a = self.args
+        own = {name: getattr(a, name) for name in ("img", "ref_img", "ref_mask", "control_image", "strength", "latents")
+               if getattr(a, name, None) is not None}
+        return {"prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": a.sampling_steps,
+                "guidance_scale": a.scale, "ip_scale": a.ip_scale, "sampler": "DDIM", "size": f"{a.W}x{a.H}", **own,
+                "model": self.name, "weights": self.weights.name, "weights_sha256": file_sha256(self.weights),
+                "dtype": a.dtype, "program": f"IP-Adapter on MindSpore {__version__}"}
+
+    def report(self) -> None:
+        """One line: where the pictures are, and how long they took."""
+        seconds = time.time() - self.started
+        rate = self.steps / self.sampling_seconds if self.sampling_seconds else 0.0
+        where = self.args.output_path if not (self.args.skip_save and self.args.skip_grid) else "nowhere (--skip_save --skip_grid)"
+        log.info("%d pictures in %s: %.1f s, %.2f step/s, %.3f img/s", self.made, where, seconds, rate, self.made / seconds)
+
+
+def prompt_pairs(args: argparse.Namespace) -> tuple:
+    """Prompts and negative prompts of a run, equally many."""
+    prompts = read_lines(args.data_path, "--data_path") if args.data_path else [args.prompt]
+    negatives = read_lines(args.negative_data_path, "--negative_data_path") if args.negative_data_path else [args.negative_prompt]
+    if len(negatives) == 1:
+        negatives = negatives * len(prompts)
+    if len(negatives) != len(prompts):
+        raise UserError(f"--negative_data_path {args.negative_data_path}: has {len(negatives)} lines, expected 1 or "
+                        f"{len(prompts)}, one for each prompt")
+    return prompts, negatives
+
+
+def read_lines(path: Path, flag: str) -> list:
+    """The lines of a UTF-8 text file that are not blank."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise UserError(f"{flag} {path}: is not UTF-8 text; expected one prompt a line") from None
+    if not any(lines):
+        raise UserError(f"{flag} {path}: holds no prompt; expected one a line")
+    return [line for line in lines if line]
+
+
+def read_latents(path: Path, shape: tuple) -> np.ndarray:
+    """Starting noise (n, *shape) float32 from a .npy file."""
+    try:
+        latents = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"--latents {path}: is not a .npy file of numbers ({error})") from None
+    if not isinstance(latents, np.ndarray) or latents.dtype.kind != "f" or latents.ndim != 4 or latents.shape[1:] != shape:
+        found = f"{latents.dtype} {latents.shape}" if isinstance(latents, np.ndarray) else "an archive"
+        raise UserError(f"--latents {path}: holds {found}, expected float32 (n, {', '.join(map(str, shape))}); "
+                        "see --H and --W")
+    if not np.isfinite(latents).all():
+        raise UserError(f"--latents {path}: holds NaN or infinite values")
+    return latents.astype(np.float32)

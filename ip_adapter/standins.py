@@ -1,0 +1,105 @@
+"""Seeded stand-ins for the published SD-1.5 files: same names and layout, any size, values from a fixed rule.
+
+They let the demo, the tests and the benchmark go the way real weights go. Pictures made with them are noise.
+"""
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mindspore.nn.utils import no_init_parameters
+
+from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel
+from ip_adapter.names import IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch
+from ip_adapter.patch import patch_cross_attention, transformer_blocks
+from ip_adapter.merge import SD15_TORCH, TEXT_ONLY
+from ldm.checkpoint import Layout, parameter_shapes
+from ldm.checkpoint_file import TensorInfo, write_checkpoint
+from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
+from ldm.modules.unet import UNetConfig, UNetModel
+from ldm.names import VAE_DIFFUSERS
+
+
+@dataclass(frozen=True)
+class SDSizes:
+    """Sizes of all the networks of SD-1.5 with an IP-Adapter; the default is the published model."""
+
+    unet: UNetConfig = UNetConfig()
+    vae: AutoencoderConfig = AutoencoderConfig()
+    text: CLIPTextConfig = CLIPTextConfig()
+    image: CLIPImageConfig = CLIPImageConfig()
+    proj: ImageProjConfig = ImageProjConfig()
+
+
+DEMO = SDSizes(
+    UNetConfig(model_channels=32, context_dim=128),
+    AutoencoderConfig(channels=32),
+    CLIPTextConfig(width=128, layers=2, heads=2, mlp_width=512),
+    CLIPImageConfig(width=64, layers=2, mlp_width=256, embed_dim=32),
+    ImageProjConfig(embed_dim=32, context_dim=128),
+)
+
+
+def seeded(name: str, shape: tuple, seed: int = 0) -> np.ndarray:
+    """The values of one tensor, from its name on disk, its shape there and a seed.
+
+    Uniform, with deviation 1 / sqrt(fan in) for weights, 0.02 for biases and embeddings, and gains of 1 +- 0.05.
+    Only the raw integers of the generator are used, which NumPy keeps the same from release to release.
+    """
+    key = np.array([zlib.crc32(f"{name} {shape}".encode()), seed], np.uint64)
+    bits = np.random.Philox(key=key).random_raw(math.prod(shape)) >> np.uint64(40)
+    unit = ((bits.astype(np.float32) + 0.5) / 2**24 - 0.5) * math.sqrt(12.0)
+    if "embedding" in name and not name.endswith("patch_embedding.weight"):
+        unit *= 0.02
+    elif len(shape) == 1:
+        unit = 1 + 0.05 * unit if name.endswith(".weight") else 0.02 * unit
+    else:
+        unit *= math.prod(shape[1:]) ** -0.5
+    return unit.reshape(shape).astype(np.float32)
+
+
+def write_standin(path: Path, parts: list, seed: int = 0) -> None:
+    """Write one file.
+
+    Args:
+        path: .safetensors to write.
+        parts: (shapes by network path, layout of the file) of every part.
+        seed: see `seeded`.
+    """
+    infos = {}
+    for shapes, layout in parts:
+        for name_path, shape in shapes.items():
+            for name, (on_disk, _) in layout.source(name_path).disassemble(shape).items():
+                infos[name] = TensorInfo(on_disk, "float32")
+    write_checkpoint(path, infos, lambda name: seeded(name, infos[name].shape, seed))
+
+
+def write_sd_standins(folder: Path, sizes: SDSizes = DEMO, seed: int = 0) -> dict:
+    """Write the four published files of SD-1.5 with an IP-Adapter, under their usual names.
+
+    Returns:
+        The paths, by the flag of tools/merge_ckpts_sd.py they belong to.
+    """
+    with no_init_parameters():
+        unet = UNetModel(sizes.unet)
+        patch_cross_attention(unet, sizes.proj.num_tokens)
+        vae, text = AutoencoderKL(sizes.vae), CLIPTextTransformer(sizes.text)
+        image, proj = CLIPImageTransformer(sizes.image), ImageProjModel(sizes.proj)
+    paths = {
+        "sd": folder / "v1-5-pruned-emaonly.safetensors",
+        "vae": folder / "sd-vae-ft-mse" / "diffusion_pytorch_model.safetensors",
+        "open_clip_vit": folder / "IP-Adapter" / "image_encoder" / "model.safetensors",
+        "ip_adapter": folder / "IP-Adapter" / "ip-adapter_sd15.safetensors",
+    }
+    attention: Layout = image_attention_torch([path for path, _ in transformer_blocks(unet)])
+    base = (parameter_shapes(unet, TEXT_ONLY), parameter_shapes(vae), parameter_shapes(text))
+    write_standin(paths["sd"], list(zip(base, SD15_TORCH)), seed)
+    write_standin(paths["vae"], [(parameter_shapes(vae), VAE_DIFFUSERS[0])], seed)
+    write_standin(paths["open_clip_vit"], [(parameter_shapes(image), IMAGE_ENCODER_TORCH)], seed)
+    write_standin(paths["ip_adapter"], [(parameter_shapes(unet, IMAGE_ATTENTION), attention),
+                                        (parameter_shapes(proj), IMAGE_PROJ_TORCH)], seed)
+    return paths

@@ -1,0 +1,221 @@
+"""Networks and checkpoint files: which tensors of a file make which parameter, and strict loading.
+
+A `Layout` is the naming of one part of one kind of file, held as a few rules. The same rules load, save,
+merge and convert; the inverse is found by listing the parameters. Reading and writing the files themselves
+is in `checkpoint_file.py`, the rules are in `ldm/names.py`, `gm/names.py` and `ip_adapter/names.py`.
+"""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Callable, Iterable, NamedTuple
+
+import numpy as np
+from mindspore import Tensor, dtype as mstype, nn
+
+from ldm.checkpoint_file import CheckpointError, CheckpointFile, TensorInfo
+
+SHOWN = 20  # names listed in a message, of each kind
+
+
+class Source(NamedTuple):
+    """The tensors of a file that make one parameter.
+
+    `how` is "copy", "stack" (concatenated along axis 0), "transpose" (of a matrix), or "1x1" (a matrix on disk, a
+    1x1 convolution in the network).
+    """
+
+    names: tuple
+    how: str
+
+    def shape(self, tensors: dict) -> tuple | None:
+        """Shape the parameter would have, or None if a tensor is missing or not of the right kind."""
+        if any(name not in tensors for name in self.names):
+            return None
+        shape = tensors[self.names[0]].shape
+        if self.how == "stack":
+            return (sum(tensors[name].shape[0] for name in self.names),) + shape[1:] if shape else None
+        return {"copy": shape, "transpose": shape[::-1], "1x1": shape + (1, 1)}[self.how]
+
+    def assemble(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Tensors on disk -> one parameter."""
+        if self.how == "stack":
+            return np.concatenate([read(name) for name in self.names])
+        value = read(self.names[0])
+        if self.how == "transpose":
+            return np.ascontiguousarray(value.T)
+        return value.reshape(value.shape + (1, 1)) if self.how == "1x1" else value
+
+    def disassemble(self, shape: tuple) -> dict:
+        """Name -> (shape on disk, function from the parameter to the tensor on disk): the inverse of `assemble`."""
+        if self.how == "stack":
+            rows = shape[0] // len(self.names)
+            return {name: ((rows,) + shape[1:], lambda value, i=i: value[i * rows : (i + 1) * rows])
+                    for i, name in enumerate(self.names)}
+        if self.how == "transpose":
+            return {self.names[0]: (shape[::-1], lambda value: np.ascontiguousarray(value.T))}
+        if self.how == "1x1":
+            return {self.names[0]: (shape[:-2], lambda value: value.reshape(shape[:-2]))}
+        return {self.names[0]: (shape, lambda value: value)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one part of a network is named in one kind of file.
+
+    Attributes:
+        prefix: put before every name.
+        renames: (pattern, replacement) applied in order to a parameter's path, as by re.sub.
+        stacked: a pattern and the replacements that name the tensors stacked into that parameter, or None. It is
+            matched after `renames`.
+        transposed: pattern of paths stored transposed.
+        flattened: pattern of paths that are 1x1 convolutions here and matrices on disk.
+        ignored: pattern of names on disk (prefix included) that carry nothing: indices and schedule buffers.
+    """
+
+    prefix: str = ""
+    renames: tuple = ()
+    stacked: tuple | None = None
+    transposed: str = r"(?!)"
+    flattened: str = r"(?!)"
+    ignored: str = r"(?!)"
+
+    def source(self, path: str) -> Source:
+        """The tensors on disk that make the parameter at `path` in the network."""
+        name = path
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        if self.stacked and re.search(self.stacked[0], name):
+            return Source(tuple(self.prefix + re.sub(self.stacked[0], to, name) for to in self.stacked[1]), "stack")
+        how = "transpose" if re.search(self.transposed, path) else "1x1" if re.search(self.flattened, path) else "copy"
+        return Source((self.prefix + name,), how)
+
+
+class View:
+    """The tensors of a file under the paths of a network, found through a layout."""
+
+    def __init__(self, tensors: dict, layout: Layout):
+        self.tensors, self.layout = tensors, layout
+
+    def shape(self, path: str) -> tuple | None:
+        """Shape of the parameter at `path`, or None if the file does not have it."""
+        return self.layout.source(path).shape(self.tensors)
+
+    def __contains__(self, path: str) -> bool:
+        return self.shape(path) is not None
+
+    def count(self, pattern: str) -> int:
+        """How many of `pattern.format(0)`, `pattern.format(1)`, ... exist without a gap."""
+        n = 0
+        while pattern.format(n) in self:
+            n += 1
+        return n
+
+
+class Part(NamedTuple):
+    """Some parameters of a network, with the file and layout they come from."""
+
+    shapes: dict  # path in the network -> shape
+    file: CheckpointFile
+    layout: Layout
+
+    def sources(self) -> dict:
+        """Path -> Source."""
+        return {path: self.layout.source(path) for path in self.shapes}
+
+
+def parameter_shapes(cell: nn.Cell, pattern: str = "") -> dict:
+    """Path -> shape of the parameters of `cell` whose path matches `pattern` and that files hold.
+
+    Run-time values (`ip_scale`) are parameters to MindSpore but belong to no file.
+    """
+    return {path: tuple(p.shape) for path, p in cell.parameters_and_names()
+            if not path.endswith("ip_scale") and re.search(pattern, path)}
+
+
+def best_layout(tensors: dict, paths: Iterable[str], layouts: Iterable[Layout]) -> Layout:
+    """The layout under which `tensors` has most of `paths`; the first one on a tie."""
+    paths = list(paths)
+    return max(layouts, key=lambda layout: sum(path in View(tensors, layout) for path in paths))
+
+
+def check(parts: Iterable[Part], allowed: str = r"(?!)", cause: str = "") -> None:
+    """Check that the parts find all their tensors with the right shapes, and that their files hold nothing else.
+
+    Args:
+        parts: all parts that are read from the files concerned.
+        allowed: pattern of names a file may hold beyond that.
+        cause: likely cause, added to the message.
+
+    Raises:
+        CheckpointError: naming what is missing, misshapen or left over (20 of each, and totals).
+    """
+    by_file: dict = {}
+    for part in parts:
+        by_file.setdefault(part.file, []).append(part)
+    for file, its_parts in by_file.items():
+        missing, misshapen, used = [], [], set()
+        for part in its_parts:
+            for path, source in part.sources().items():
+                used.update(source.names)
+                found = source.shape(file.tensors)
+                if found is None:
+                    missing += [name for name in source.names if name not in file.tensors]
+                elif found != part.shapes[path]:
+                    misshapen.append(f"{source.names[0]} {found}, expected {part.shapes[path]}")
+        ignored = "|".join([allowed] + [part.layout.ignored for part in its_parts])
+        extra = [name for name in file.tensors if name not in used and not re.search(ignored, name)]
+        report = [f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+                  for what, names in (("missing", missing), ("of another shape", misshapen), ("unexpected", extra))
+                  if names]
+        if report:
+            raise CheckpointError(f"{file.path} does not fit the network{f' ({cause})' if cause else ''}: {'; '.join(report)}")
+
+
+def read_parameter(file: CheckpointFile, source: Source) -> np.ndarray:
+    """One parameter, float, checked to be finite.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
+    value = source.assemble(file.read)
+    # A sum is one fast pass and cannot be finite if an element is not; a finite but huge tensor may overflow it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not np.isfinite(value.sum(dtype=np.float32)) and not np.isfinite(value).all():
+            raise CheckpointError(f"{file.path}: {source.names[0]} holds NaN or infinite values; the file is damaged")
+    return value
+
+
+_NUMPY = {mstype.float32: np.float32, mstype.float16: np.float16}
+
+
+def load(cell: nn.Cell, part: Part) -> None:
+    """Read a part into the parameters of `cell`, one tensor at a time, each in the parameter's own dtype.
+
+    Call `check` first; this only reads.
+    """
+    parameters = dict(cell.parameters_and_names())
+    for path, source in part.sources().items():
+        value = read_parameter(part.file, source)
+        value = np.ascontiguousarray(value, dtype=_NUMPY[parameters[path].dtype])
+        parameters[path].set_data(Tensor.from_numpy(value))  # shares the memory, no second copy
+
+
+def plan(part: Part, target: Layout, dtype: str | None = None) -> dict:
+    """How a part is written under another layout.
+
+    Args:
+        part: where the tensors come from.
+        target: layout of the file to be written.
+        dtype: "float32" or "float16"; None keeps what the source has.
+
+    Returns:
+        Name in the new file -> (TensorInfo, function that reads and converts the tensor).
+    """
+    out = {}
+    for path, source in part.sources().items():
+        kind = dtype or part.file.tensors[source.names[0]].dtype
+        for name, (shape, take) in target.source(path).disassemble(part.shapes[path]).items():
+            out[name] = (TensorInfo(tuple(shape), kind),
+                         lambda source=source, take=take: take(read_parameter(part.file, source)))
+    return out

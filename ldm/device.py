@@ -1,0 +1,59 @@
+"""The one place that knows which device runs the networks.
+
+Everything that differs between Ascend and the CPU (convolution, attention, default precision) asks
+`on_ascend()` here; nothing else in the project looks at the MindSpore context.
+"""
+from __future__ import annotations
+
+import os
+
+# MindSpore prints operator fallbacks as warnings; they are no news to somebody who wants a picture.
+os.environ.setdefault("GLOG_v", "3")
+
+import mindspore as ms  # noqa: E402  (GLOG_v is read at import)
+
+from ldm.errors import UserError  # noqa: E402
+
+DTYPES = {"float16": ms.float16, "float32": ms.float32}
+
+
+def start_device(device_target: str | None = None, ms_mode: int | None = None) -> str:
+    """Choose the device and the execution mode for this process.
+
+    Args:
+        device_target: "Ascend", "CPU", or None for Ascend if there is one, else the CPU.
+        ms_mode: 0 compiles networks into graphs, 1 runs operator by operator (PyNative), None is `default_mode()`.
+
+    Returns:
+        The device in use, "Ascend" or "CPU".
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    target = device_target or ms.get_context("device_target")  # MindSpore's own default: Ascend if there is one
+    try:
+        ms.set_device(target)
+    except RuntimeError:
+        raise UserError(f"--device_target {target}: MindSpore finds no such device here; use --device_target CPU") from None
+    mode = default_mode() if ms_mode is None else ms_mode
+    ms.set_context(mode=ms.GRAPH_MODE if mode == 0 else ms.PYNATIVE_MODE)
+    if target == "CPU":
+        # Asynchronous launches gain nothing where host and device are the same cores: the two threads take them
+        # from each other, and an operator costs 4 ms (a time slice) instead of 50 us.
+        ms.runtime.launch_blocking()
+    return target
+
+
+def on_ascend() -> bool:
+    """Whether networks built and run now use Ascend operators."""
+    return ms.get_context("device_target") == "Ascend"
+
+
+def default_mode() -> int:
+    """0 (graph) on Ascend, 1 (PyNative) on the CPU."""
+    return 0 if on_ascend() else 1
+
+
+def default_dtype() -> str:
+    """Name of the dtype used when none is asked for: float16 on Ascend, float32 on the CPU."""
+    return "float16" if on_ascend() else "float32"

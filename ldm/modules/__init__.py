@@ -1,0 +1,1 @@
+"""The networks, one file per component, and CLIP's tokenizer; no files, samplers or devices."""

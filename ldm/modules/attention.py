@@ -1,0 +1,194 @@
+"""Attention and the transformer blocks of the UNet.
+
+`attend` is the only place that multiplies queries, keys and values; text encoders, image encoders, UNet and
+autoencoder all call it.
+"""
+from __future__ import annotations
+
+import math
+
+from mindspore import Tensor, dtype as mstype, nn, ops
+
+from ldm.device import on_ascend
+from ldm.modules.layers import GroupNorm, LayerNorm, Linear
+
+# Largest score matrix the CPU holds at a time, in elements (64 MiB of float32).
+SCORE_ELEMENTS = 1 << 24
+
+
+class Attention(nn.Cell):
+    """softmax(q k^T / sqrt(d)) v over several heads.
+
+    On Ascend it is the fused operator; on the CPU heads and query rows are taken in portions, so that the
+    scores never need more than `SCORE_ELEMENTS`. Softmax runs in float32.
+
+    Args:
+        num_heads: heads h; the width must be a multiple of it.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.fused = on_ascend()
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.values = ops.BatchMatMul()
+        self.softmax = ops.Softmax(-1)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
+        """Attend.
+
+        Args:
+            q: (B, N, h * d) queries.
+            k: (B, T, h * d) keys.
+            v: (B, T, h * d) values.
+            mask: (N, T) float32 added to the scores, or None.
+
+        Returns:
+            (B, N, h * d), dtype of q.
+        """
+        batch, queries, width = q.shape
+        tokens, size = k.shape[1], width // self.num_heads
+        q = q * (1.0 / math.sqrt(size))
+        if self.fused and mask is None:
+            return fused_attention(q, k, v, self.num_heads)
+        q, k, v = self._by_head(q, size), self._by_head(k, size), self._by_head(v, size)  # (B h, N or T, d)
+        y = self._portions(q, k, v, mask, batch * self.num_heads, queries, tokens)
+        y = y.reshape((batch, self.num_heads, queries, size)).transpose((0, 2, 1, 3))
+        return y.reshape((batch, queries, width))
+
+    def _by_head(self, x: Tensor, size: int) -> Tensor:
+        x = x.reshape((x.shape[0], x.shape[1], self.num_heads, size)).transpose((0, 2, 1, 3))
+        return x.reshape((-1, x.shape[2], size))
+
+    def _portions(self, q: Tensor, k: Tensor, v: Tensor, mask, groups: int, queries: int, tokens: int) -> Tensor:
+        """The product over all `groups` = B h, in portions of at most SCORE_ELEMENTS scores."""
+        together = max(1, SCORE_ELEMENTS // (queries * tokens))
+        if together >= groups:
+            return self._product(q, k, v, mask)
+        while groups % together:
+            together -= 1
+        parts = []
+        for i, j, l in zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0)):
+            parts.append(self._product(i, j, l, mask))
+        return ops.concat(parts, 0)
+
+    def _product(self, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+        scores = self.scores(q, k).astype(mstype.float32)
+        if mask is not None:
+            scores = scores + mask
+        return self.values(self.softmax(scores).astype(v.dtype), v)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Ascend's fused attention on (B, N, h * d) with queries already scaled; head sizes are padded to a multiple of 16.
+
+    Zero columns added to queries and keys leave every score as it is, those added to values are cut off again.
+    """
+    batch, queries, width = q.shape
+    size = width // num_heads
+    padded = -(-size // 16) * 16
+    fold = []
+    for x in (q, k, v):
+        x = x.reshape((batch, x.shape[1], num_heads, size))
+        if padded > size:
+            x = ops.pad(x, (0, padded - size))
+        fold.append(x.transpose((0, 2, 1, 3)))
+    y = ops.flash_attention_score(fold[0], fold[1], fold[2], num_heads, scalar_value=1.0, input_layout="BNSD")
+    return y[:, :, :, :size].transpose((0, 2, 1, 3)).reshape((batch, queries, width))
+
+
+class CrossAttention(nn.Cell):
+    """Queries from x, keys and values from the context (or from x itself).
+
+    Args:
+        query_dim: C, width of x and of the output.
+        num_heads: heads.
+        context_dim: D, width of the context; None for self-attention.
+        dtype: of the weights.
+    """
+
+    def __init__(self, query_dim: int, num_heads: int, context_dim: int | None = None, dtype=mstype.float32):
+        super().__init__()
+        context_dim = context_dim or query_dim
+        self.to_q = Linear(query_dim, query_dim, has_bias=False, dtype=dtype)
+        self.to_k = Linear(context_dim, query_dim, has_bias=False, dtype=dtype)
+        self.to_v = Linear(context_dim, query_dim, has_bias=False, dtype=dtype)
+        self.to_out = nn.CellList([Linear(query_dim, query_dim, dtype=dtype)])
+        self.attend = Attention(num_heads)
+
+    def construct(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, N, C) and (B, T, D) -> (B, N, C)."""
+        return self.to_out[0](self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
+
+
+class GEGLU(nn.Cell):
+    """Half of a projection times the exact (erf) GELU of the other half."""
+
+    def __init__(self, dim: int, inner: int, dtype=mstype.float32):
+        super().__init__()
+        self.inner = inner
+        self.proj = Linear(dim, 2 * inner, dtype=dtype)
+
+    def construct(self, x: Tensor) -> Tensor:
+        y, gate = ops.split(self.proj(x), self.inner, -1)
+        return y * ops.gelu(gate, approximate="none")
+
+
+class FeedForward(nn.Cell):
+    """GEGLU to four times the width and back. Index 1 of `net` is the dropout that published names count."""
+
+    def __init__(self, dim: int, dtype=mstype.float32):
+        super().__init__()
+        self.net = nn.SequentialCell(GEGLU(dim, 4 * dim, dtype), nn.Identity(), Linear(4 * dim, dim, dtype=dtype))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Cell):
+    """Self-attention, attention to the context, feed-forward; each after a norm and added to its input."""
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int, dtype=mstype.float32):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, num_heads, dtype=dtype)
+        self.ff = FeedForward(dim, dtype)
+        self.attn2 = CrossAttention(dim, num_heads, context_dim, dtype)
+        self.norm1, self.norm2, self.norm3 = LayerNorm(dim), LayerNorm(dim), LayerNorm(dim)
+
+    def construct(self, x: Tensor, context: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = self.attn1(y, y) + x
+        x = self.attn2(self.norm2(x), context) + x
+        return self.ff(self.norm3(x)) + x
+
+
+class SpatialTransformer(nn.Cell):
+    """Transformer blocks over the pixels of a feature map, added to the map.
+
+    Args:
+        channels: C of the map.
+        num_heads: heads.
+        depth: how many blocks.
+        context_dim: D of the context.
+        use_linear: SDXL stores proj_in and proj_out as matrices, SD-1.5 as 1x1 convolutions; the product is the same.
+        dtype: of the weights.
+    """
+
+    def __init__(self, channels: int, num_heads: int, depth: int, context_dim: int, use_linear: bool = False,
+                 dtype=mstype.float32):
+        super().__init__()
+        self.norm = GroupNorm(channels, epsilon=1e-6)
+        self.proj_in = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
+        self.transformer_blocks = nn.CellList(
+            [BasicTransformerBlock(channels, num_heads, context_dim, dtype) for _ in range(depth)])
+        self.proj_out = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
+
+    def construct(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W) and (B, T, D) -> (B, C, H, W)."""
+        batch, channels, height, width = x.shape
+        y = self.norm(x).reshape((batch, channels, height * width)).transpose((0, 2, 1))  # (B, N, C)
+        y = self.proj_in(y)
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        y = self.proj_out(y).transpose((0, 2, 1)).reshape((batch, channels, height, width))
+        return y + x

@@ -1,0 +1,31 @@
+"""Rewrite an original torch checkpoint of Stable Diffusion 1.5 under MindSpore names.
+
+python tools/convert_checkpoint.py --source v1-5-pruned-emaonly.safetensors \
+    --out checkpoints/sd_models/sd_v1.5-d0ab7146.ckpt
+"""
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
+
+from ip_adapter.cli import Parser, run, start_logging  # noqa: E402
+from ip_adapter.merge import convert_sd  # noqa: E402
+
+
+def main(argv: list | None = None) -> None:
+    """Parse the flags and convert."""
+    parser = Parser(__doc__)
+    parser.add_argument("--source", required=True, help="the original .safetensors")
+    parser.add_argument("--out", required=True, help="file to write, .ckpt or .safetensors")
+    parser.add_argument("--dtype", choices=["float32", "float16"], default=None, help="precision of what is written; "
+                        "that of the source if not given")
+    args = parser.parse_args(argv)
+    start_logging()
+    logging.info("%d tensors converted into %s", convert_sd(args.source, args.out, args.dtype), args.out)
+
+
+if __name__ == "__main__":
+    run(main)
