@@ -1,0 +1,76 @@
+"""Fixtures: small stand-in files, the checkpoint merged from them, and scripts run in this process or another."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ip_adapter.cli import run
+from ip_adapter.merge import merge_sd
+from ip_adapter.standins import write_sd_standins
+from ldm.device import start_device
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).resolve().parent / "data"
+
+start_device("CPU", 1)
+
+
+@pytest.fixture(scope="session")
+def standins(tmp_path_factory) -> dict:
+    """The four published files of SD-1.5, small, by the merge tool's flags."""
+    return write_sd_standins(tmp_path_factory.mktemp("standins"))
+
+
+@pytest.fixture(scope="session")
+def merged(standins, tmp_path_factory) -> Path:
+    """The merged checkpoint of the stand-ins."""
+    path = tmp_path_factory.mktemp("merged") / "sd_v1.5_ip_adapter.ckpt"
+    merge_sd(**standins, out=path)
+    return path
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """A small picture whose halves differ."""
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[:, :40] = (200, 40, 30)
+    path = tmp_path / "picture.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def outcome(capfd):
+    """Run a script's `main` here as the shell would: returns exit status and standard error."""
+    def call(main, *argv):
+        status = 0
+        try:
+            run(lambda: main([str(word) for word in argv]))
+        except SystemExit as leave:
+            status = leave.code or 0
+        return status, capfd.readouterr().err
+    return call
+
+
+def shell(*words, cwd, env=None) -> subprocess.CompletedProcess:
+    """Run a command in a process of its own, with this Python."""
+    words = [sys.executable if word == "python" else str(word) for word in words]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, **(env or {})})
+
+
+def reference() -> dict:
+    """Numbers recorded with diffusers on the stand-ins (tests/record/record_sd.sh)."""
+    with np.load(DATA / "sd_reference.npz") as recorded:
+        return dict(recorded)
+
+
+def psnr(a, b) -> float:
+    """Peak signal-to-noise ratio of 8-bit pictures in dB."""
+    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)

@@ -1,0 +1,60 @@
+"""The schedule and DDIM: timesteps of every step count, and a Gaussian whose path is known."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from ldm.ddim import next_alphas, sample_ddim
+from ldm.schedule import NoiseSchedule, leading_timesteps
+
+ALPHAS = NoiseSchedule().alphas_cumprod()
+
+
+def test_schedule_ends():
+    # huggingface/diffusers 0.42.1, DDIMScheduler("scaled_linear", 0.00085, 0.012): alphas_cumprod[[0, 500, 999]]
+    np.testing.assert_allclose(ALPHAS[[0, 500, 999]], [0.99914998, 0.27633247, 0.00466010], atol=2e-7)
+    assert ALPHAS.dtype == np.float64 and np.all(np.diff(ALPHAS) < 0)
+
+
+@pytest.mark.parametrize("steps", range(1, 1001))
+def test_exactly_the_steps_asked_for(steps):
+    timesteps = leading_timesteps(steps)
+    assert len(timesteps) == steps and timesteps[0] <= 999 and timesteps[-1] == 1
+    assert np.all(np.diff(timesteps) <= 0)
+
+
+def test_timesteps_of_diffusers():
+    assert leading_timesteps(7).tolist() == [853, 711, 569, 427, 285, 143, 1]
+    assert leading_timesteps(50)[:3].tolist() == [981, 961, 941]
+    assert leading_timesteps(1).tolist() == [1]
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_other_step_counts_are_refused(steps):
+    with pytest.raises(ValueError, match="1 to 1000"):
+        leading_timesteps(steps)
+
+
+def test_the_last_alpha_is_that_of_timestep_0():
+    assert next_alphas(ALPHAS, leading_timesteps(20))[-1] == ALPHAS[0]
+
+
+@pytest.mark.parametrize("steps", [20, 100, 1000])
+def test_a_gaussian_is_recovered(steps):
+    """For data N(mean, deviation^2) the best noise prediction is known, and so is where every noise ends up."""
+    mean, deviation = 0.7, 0.2
+
+    def denoise(x, t):
+        a = ALPHAS[t]
+        variance = a * deviation**2 + 1 - a
+        return Tensor((np.sqrt(1 - a) * (x.asnumpy() - np.sqrt(a) * mean) / variance).astype(np.float32))
+
+    noise = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
+    states = list(sample_ddim(denoise, Tensor(noise), steps))
+    assert len(states) == steps
+    result = states[-1].asnumpy()
+    first = ALPHAS[leading_timesteps(steps)[0]]  # the noise is taken for a sample at the first timestep
+    expected = mean + deviation * (noise - np.sqrt(first) * mean) / np.sqrt(first * deviation**2 + 1 - first)
+    tolerance = {20: 0.1, 100: 0.02, 1000: 0.01}[steps]
+    assert abs(result.mean() - expected.mean()) < tolerance and np.abs(result - expected).max() < 4 * tolerance

@@ -1,0 +1,171 @@
+"""Convolution, norms and attention against plain NumPy."""
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+import ldm.modules.attention as attention
+import ldm.modules.layers as layers
+from ldm.modules.attention import GEGLU, Attention, fused_attention
+from ldm.modules.layers import Conv2d, GroupNorm, LayerNorm, Linear, Upsample, timestep_embedding
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def fill(cell) -> None:
+    """Random values for all parameters, so that no bias or gain is trivial."""
+    for _, parameter in cell.parameters_and_names():
+        parameter.set_data(Tensor(normal(*parameter.shape), parameter.dtype))
+
+
+def convolve(x, weight, bias, stride, padding) -> np.ndarray:
+    """Convolution by definition, float64."""
+    top, bottom, left, right = padding
+    x = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)))
+    k = weight.shape[2]
+    windows = np.lib.stride_tricks.sliding_window_view(x, (k, k), (2, 3))[:, :, ::stride, ::stride]
+    return np.einsum("bchwij,ocij->bohw", windows, weight.astype(np.float64)) + bias.reshape(-1, 1, 1)
+
+
+@pytest.mark.parametrize("columns", [1 << 24, 500])  # in one piece, and in row blocks
+@pytest.mark.parametrize("kernel, stride, padding", [
+    (3, 1, 1), (3, 2, 1), (3, 2, (0, 1, 0, 1)), (1, 1, 0), (14, 14, 0), (3, 1, (2, 0, 1, 3))])
+@pytest.mark.parametrize("size", [(17, 14), (28, 30)])  # few positions, many positions
+def test_convolution(monkeypatch, columns, kernel, stride, padding, size):
+    monkeypatch.setattr(layers, "COLUMN_ELEMENTS", columns)
+    conv = Conv2d(5, 7, kernel, stride, padding)
+    fill(conv)
+    x = normal(3, 5, *size)
+    expected = convolve(x, conv.weight.asnumpy(), conv.bias.asnumpy(), stride, conv.padding)
+    np.testing.assert_allclose(conv(Tensor(x)).asnumpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_the_convolution():
+    conv = Conv2d(4, 6, 3, padding=1)
+    fill(conv)
+    x, dy = Tensor(normal(2, 4, 6, 5)), Tensor(normal(2, 6, 6, 5))
+    weights = ms.ParameterTuple([conv.weight])
+
+    def native(x):
+        return (conv.conv(x, conv.weight) * dy).sum()
+
+    def columns(x):
+        return (conv(x) * dy).sum()
+
+    expected, ours = (ms.grad(loss, 0, weights)(x) for loss in (native, columns))
+    for a, b in ((ours[0], expected[0]), (ours[1][0], expected[1][0])):
+        np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_graph_mode_gives_the_same():
+    conv = Conv2d(4, 6, 3, padding=1)
+    fill(conv)
+    x = Tensor(normal(2, 4, 6, 5))
+    expected = conv(x).asnumpy()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        np.testing.assert_allclose(conv(x).asnumpy(), expected, rtol=1e-5, atol=1e-5)
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.mark.parametrize("as_convolution", [False, True])
+def test_linear(as_convolution):
+    linear = Linear(6, 4, as_convolution=as_convolution)
+    fill(linear)
+    x, weight = normal(2, 3, 6), linear.weight.asnumpy().reshape(4, 6)
+    np.testing.assert_allclose(linear(Tensor(x)).asnumpy(), x @ weight.T + linear.bias.asnumpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_norms_run_in_float32_under_float16():
+    x = normal(2, 64, 5, 4) * 300  # the squares overflow float16
+    group = GroupNorm(64)
+    fill(group)
+    grouped = x.reshape(2, 32, -1).astype(np.float64)
+    scaled = (grouped - grouped.mean(-1, keepdims=True)) / np.sqrt(grouped.var(-1, keepdims=True) + 1e-5)
+    expected = scaled.reshape(x.shape) * group.gamma.asnumpy().reshape(-1, 1, 1) + group.beta.asnumpy().reshape(-1, 1, 1)
+    np.testing.assert_allclose(group(Tensor(x)).asnumpy(), expected, rtol=1e-4, atol=1e-4)
+    half = group(Tensor(x, ms.float16))
+    assert half.dtype == ms.float16
+    np.testing.assert_allclose(half.asnumpy(), expected, atol=2e-2)
+    assert LayerNorm(5)(Tensor(normal(2, 5), ms.float16)).dtype == ms.float16
+
+
+def test_geglu_is_the_exact_gelu():
+    geglu = GEGLU(1, 1)
+    geglu.proj.weight.set_data(Tensor([[0.0], [1.0]], ms.float32))
+    geglu.proj.bias.set_data(Tensor([1.0, 0.0], ms.float32))
+    x = np.linspace(-6, 6, 201, dtype=np.float32)
+    expected = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x.astype(np.float64)]
+    np.testing.assert_allclose(geglu(Tensor(x.reshape(1, -1, 1))).asnumpy().reshape(-1), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("size, target", [((3, 4), (6, 8)), ((3, 4), (5, 7)), ((5, 3), (9, 6))])
+def test_upsample_takes_the_nearest_pixel(size, target):
+    up = Upsample(2)
+    up.conv = Conv2d(2, 2, 1, has_bias=False)
+    up.conv.weight.set_data(Tensor(np.eye(2, dtype=np.float32).reshape(2, 2, 1, 1)))
+    x = normal(1, 2, *size)
+    rows = np.arange(target[0]) * size[0] // target[0]
+    columns = np.arange(target[1]) * size[1] // target[1]
+    np.testing.assert_array_equal(up(Tensor(x), *target).asnumpy(), x[:, :, rows][:, :, :, columns])
+
+
+def test_timestep_embedding():
+    embedding = timestep_embedding(Tensor([0, 37], ms.int32), 8).asnumpy()
+    np.testing.assert_allclose(embedding[0], [1, 1, 1, 1, 0, 0, 0, 0])
+    angles = 37 * 10000.0 ** (-np.arange(4) / 4)
+    np.testing.assert_allclose(embedding[1], np.concatenate([np.cos(angles), np.sin(angles)]), atol=1e-5)
+
+
+def attend_by_definition(q, k, v, heads, mask=0.0) -> np.ndarray:
+    """softmax(q k^T / sqrt(d)) v, float64."""
+    def split(x):
+        return x.astype(np.float64).reshape(x.shape[0], x.shape[1], heads, -1).transpose(0, 2, 1, 3)
+    q, k, v = split(q), split(k), split(v)
+    scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1]) + mask
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    y = weights / weights.sum(-1, keepdims=True) @ v
+    return y.transpose(0, 2, 1, 3).reshape(y.shape[0], y.shape[2], -1)
+
+
+@pytest.mark.parametrize("limit", [1 << 24, 700, 10])  # all heads at once, some, one by one
+def test_attention(monkeypatch, limit):
+    monkeypatch.setattr(attention, "SCORE_ELEMENTS", limit)
+    q, k, v = normal(2, 9, 12), normal(2, 7, 12), normal(2, 7, 12)
+    y = Attention(3)(Tensor(q), Tensor(k), Tensor(v)).asnumpy()
+    np.testing.assert_allclose(y, attend_by_definition(q, k, v, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_with_a_mask():
+    q = normal(1, 6, 8)
+    mask = np.triu(np.full((6, 6), -np.inf, np.float32), 1)
+    y = Attention(2)(Tensor(q), Tensor(q), Tensor(q), Tensor(mask)).asnumpy()
+    np.testing.assert_allclose(y, attend_by_definition(q, q, q, 2, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [40, 48])
+def test_fused_attention_pads_heads_without_changing_the_result(monkeypatch, size):
+    """Ascend's operator is replaced by one of the same contract; it takes head sizes that are multiples of 16."""
+    taken = []
+
+    def operator(q, k, v, head_num, scalar_value, input_layout):
+        assert input_layout == "BNSD" and q.shape[1] == head_num and q.shape[3] % 16 == 0
+        taken.append(q.shape[3])
+        q, k, v = (x.asnumpy().transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1) for x in (q, k, v))
+        y = attend_by_definition(q * math.sqrt(q.shape[2] // head_num) * scalar_value, k, v, head_num)
+        return Tensor(y.reshape(y.shape[0], y.shape[1], head_num, -1).transpose(0, 2, 1, 3), ms.float32)
+
+    monkeypatch.setattr(attention.ops, "flash_attention_score", operator)
+    q, k, v = normal(2, 5, 2 * size), normal(2, 4, 2 * size), normal(2, 4, 2 * size)
+    y = fused_attention(Tensor(q / math.sqrt(size)), Tensor(k), Tensor(v), 2).asnumpy()
+    np.testing.assert_allclose(y, attend_by_definition(q, k, v, 2), rtol=1e-4, atol=1e-5)
+    assert taken == [48]

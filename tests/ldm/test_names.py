@@ -1,0 +1,135 @@
+"""Every published file SD-1.5 image variation needs loads with nothing missing and nothing left over."""
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from mindspore.nn.utils import no_init_parameters
+
+from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel, image_proj_config
+from ip_adapter.merge import SD15_MINDSPORE, SD15_TORCH, TEXT_ONLY
+from ip_adapter.names import (EMBEDDER_SD15, IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH,
+                              image_attention_torch, image_encoder_mindspore, image_proj_mindspore)
+from ip_adapter.patch import patch_cross_attention, transformer_blocks
+from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
+from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes
+from ldm.checkpoint_file import CheckpointError, TensorInfo
+from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
+from ldm.modules.unet import UNetConfig, UNetModel
+from ldm.names import VAE_DIFFUSERS
+from tests.conftest import DATA
+
+
+def manifest(name: str) -> SimpleNamespace:
+    """Stands for an open file: names, shapes and dtypes of a published one."""
+    tensors = {}
+    for line in (DATA / "manifests" / f"{name}.tsv").read_text().splitlines():
+        key, shape, dtype = line.split("\t")
+        tensors[key] = TensorInfo(() if shape == "scalar" else tuple(map(int, shape.split("x"))), dtype)
+    return _File(name, tensors)
+
+
+class _File:
+    def __init__(self, path, tensors):
+        self.path, self.tensors = path, tensors
+
+
+@pytest.fixture(scope="module")
+def shapes() -> dict:
+    """Parameter shapes of the full-size networks, no memory taken."""
+    with no_init_parameters():
+        unet = UNetModel(UNetConfig())
+        patch_cross_attention(unet)
+        return {"unet": parameter_shapes(unet, TEXT_ONLY), "image attention": parameter_shapes(unet, IMAGE_ATTENTION),
+                "vae": parameter_shapes(AutoencoderKL(AutoencoderConfig())),
+                "text": parameter_shapes(CLIPTextTransformer(CLIPTextConfig())),
+                "image encoder": parameter_shapes(CLIPImageTransformer(CLIPImageConfig())),
+                "projector": parameter_shapes(ImageProjModel(ImageProjConfig())),
+                "blocks": [path for path, _ in transformer_blocks(unet)]}
+
+
+def test_published_base(shapes):
+    file = manifest("v1-5-pruned-emaonly.safetensors")
+    check([Part(shapes[name], file, layout) for name, layout in zip(("unet", "vae", "text"), SD15_TORCH)])
+
+
+def test_mindspore_base(shapes):
+    file = manifest("sd_v1.5-d0ab7146.ckpt")
+    check([Part(shapes[name], file, layout) for name, layout in zip(("unet", "vae", "text"), SD15_MINDSPORE)])
+
+
+def test_merged(shapes):
+    file = manifest("sd_v1.5_ip_adapter.ckpt")
+    parts = [Part(shapes[name], file, layout) for name, layout in zip(("unet", "vae", "text"), SD15_MINDSPORE)]
+    parts += [Part(shapes["image attention"], file, SD15_MINDSPORE[0]),
+              Part(shapes["image encoder"], file, image_encoder_mindspore(EMBEDDER_SD15)),
+              Part(shapes["projector"], file, image_proj_mindspore(EMBEDDER_SD15))]
+    check(parts)
+    assert sum(len(part.shapes) for part in parts) == len(file.tensors) == 1510
+
+
+@pytest.mark.parametrize("spelling", [0, 1])
+def test_autoencoder_in_both_spellings(shapes, spelling):
+    file = manifest("sd-vae-ft-mse.diffusion_pytorch_model.safetensors")
+    if spelling == 1:  # what a current diffusers writes
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+            file.tensors = {name.replace(f".{old}.", f".{new}."): info for name, info in file.tensors.items()}
+    layout = best_layout(file.tensors, shapes["vae"], VAE_DIFFUSERS)
+    assert layout is VAE_DIFFUSERS[spelling]
+    check([Part(shapes["vae"], file, layout)])
+
+
+def test_image_encoder(shapes):
+    file = manifest("IP-Adapter.models.image_encoder.model.safetensors")
+    check([Part(shapes["image encoder"], file, IMAGE_ENCODER_TORCH)])
+
+
+@pytest.mark.parametrize("name", ["ip-adapter_sd15", "ip-adapter_sd15_light"])
+def test_adapters(shapes, name):
+    file = manifest(f"{name}.safetensors")
+    check([Part(shapes["image attention"], file, image_attention_torch(shapes["blocks"])),
+           Part(shapes["projector"], file, IMAGE_PROJ_TORCH)])
+
+
+def test_finetuned_adapter(shapes):
+    file = manifest("sd-N.ckpt")
+    check([Part(shapes["image attention"], file, SD15_MINDSPORE[0]),
+           Part(shapes["projector"], file, image_proj_mindspore(EMBEDDER_SD15))])
+
+
+def test_adapter_for_bigG_has_its_own_width():
+    view = View(manifest("ip-adapter_sd15_vit-G.safetensors").tensors, IMAGE_PROJ_TORCH)
+    assert image_proj_config(view) == ImageProjConfig(embed_dim=1280)
+
+
+def test_sizes_are_read_off_the_tensors():
+    file = manifest("sd_v1.5_ip_adapter.ckpt").tensors
+    unet, vae, text = (View(file, layout) for layout in SD15_MINDSPORE)
+    assert unet_config(unet, num_heads=8) == UNetConfig()
+    assert autoencoder_config(vae) == AutoencoderConfig()
+    assert text_config(text, "quick_gelu") == CLIPTextConfig()
+    assert image_config(View(file, image_encoder_mindspore(EMBEDDER_SD15))) == CLIPImageConfig()
+    bigg = image_config(View(manifest("IP-Adapter.sdxl_models.image_encoder.model.safetensors").tensors,
+                             IMAGE_ENCODER_TORCH))
+    assert (bigg.width, bigg.layers, bigg.mlp_width, bigg.embed_dim) == (1664, 48, 8192, 1280)
+
+
+def test_a_mismatch_lists_both_sides(shapes):
+    file = manifest("v1-5-pruned-emaonly.safetensors")
+    file.tensors["something.else"] = TensorInfo((1,), "float32")
+    file.tensors["first_stage_model.quant_conv.bias"] = TensorInfo((9,), "float32")
+    for name in [name for name in file.tensors if ".attn1.to_q." in name]:
+        del file.tensors[name]
+    with pytest.raises(CheckpointError) as error:
+        check([Part(shapes[name], file, layout) for name, layout in zip(("unet", "vae", "text"), SD15_TORCH)])
+    message = str(error.value)
+    assert "16 missing" in message and "1 unexpected: something.else" in message
+    assert "1 of another shape: first_stage_model.quant_conv.bias (9,), expected (8,)" in message
+
+
+def test_only_twenty_names_are_listed(shapes):
+    file = _File("empty", {"a": TensorInfo((1,), "float32")})
+    with pytest.raises(CheckpointError) as error:
+        check([Part(shapes["vae"], file, VAE_DIFFUSERS[0])])
+    assert "248 missing" in str(error.value) and str(error.value).count(".bias") + str(error.value).count(".weight") == 20

@@ -1,0 +1,82 @@
+"""Every network against numbers recorded with diffusers and transformers on the stand-ins (tests/record)."""
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+from PIL import Image
+
+from ip_adapter.build import build_sd
+from ip_adapter.config import ModelConfig
+from ip_adapter.preprocess import clip_pixels, open_image
+from tests.conftest import DATA, reference
+
+PROMPTS = ["a red circle"]
+NEGATIVE = ["monochrome, lowres, bad anatomy, worst quality, low quality"]
+
+
+@pytest.fixture(scope="module")
+def model(merged):
+    return build_sd(merged, ModelConfig())
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return reference()
+
+
+def assert_close(value, expected, tolerance=1e-4):
+    """The largest difference is at most `tolerance` of the largest value."""
+    value = np.asarray(value)
+    assert value.shape == expected.shape
+    assert np.abs(value - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_text_encoder(model, expected):
+    assert_close(model.diffusion.encode_text(PROMPTS).asnumpy(), expected["text_cond"])
+    assert_close(model.diffusion.encode_text(NEGATIVE).asnumpy(), expected["text_uncond"])
+
+
+def test_picture_input(expected):
+    assert_close(clip_pixels(open_image(DATA / "input.png"))[None], expected["pixel_values"], 1e-6)
+
+
+def test_image_encoder_and_projector(model, expected):
+    pixels = Tensor(expected["pixel_values"])
+    assert_close(model.embedder.image_encoder(pixels).asnumpy(), expected["image_embedding"])
+    tokens, uncond = model.embedder(pixels)
+    assert_close(tokens.asnumpy(), expected["image_tokens_cond"])
+    assert_close(uncond.asnumpy(), expected["image_tokens_uncond"])
+
+
+def context(expected, n: int) -> Tensor:
+    sides = [np.concatenate([expected[f"text_{side}"], expected[f"image_tokens_{side}"]], 1) for side in ("uncond", "cond")]
+    return Tensor(np.concatenate([np.repeat(side, n, 0) for side in sides]))
+
+
+def test_unet_with_image_branch_at_an_odd_size(model, expected):
+    latents = np.load(DATA / "sd_latents.npy")
+    model.set_ip_scale(0.8)
+    noise = model.diffusion.unet(Tensor(np.concatenate([latents, latents])), Tensor([float(expected["timestep"])] * 4),
+                                 context(expected, 2))
+    assert_close(noise.asnumpy(), expected["unet_output"])
+
+
+def test_autoencoder(model, expected):
+    latents = Tensor(expected["latents"][:1] / np.float32(0.18215))
+    assert_close(model.diffusion.vae(latents).asnumpy(), expected["decoded"].reshape(1, 3, 72, 104))
+    image = Image.open(DATA / "input.png").convert("RGB").resize((104, 72), Image.BICUBIC)
+    pixels = (np.asarray(image, np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]
+    assert_close(model.diffusion.encode_image(pixels).asnumpy(), expected["posterior_mean"] * 0.18215)
+
+
+def test_guidance_1_is_the_conditional_output(model, expected):
+    latents = Tensor(np.load(DATA / "sd_latents.npy"))
+    both = context(expected, 2)
+    cond, uncond = both[2:], both[:2]
+    alone = model.diffusion.denoiser(cond, uncond, 1.0)(latents, 500).asnumpy()
+    scale = Tensor(1.0, ms.float32)
+    guided = model.diffusion.guided(latents, Tensor(500.0, ms.float32), both, scale).asnumpy()
+    assert_close(guided, alone, 1e-5)
+    np.testing.assert_allclose(model.diffusion.denoiser(cond, cond, 7.5)(latents, 500).asnumpy(), alone, atol=1e-4)
