@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -35,22 +36,20 @@ def save_png(folder: Path, image: Image.Image, settings: dict, pattern: str = "{
         info.add_itxt(key, str(value))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
-    temporary = folder / f".{os.getpid()}.png.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data.getvalue())
-            number = _last_number(folder, pattern)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as temporary:
+            temporary.write(data.getvalue())
+            temporary.flush()
+            os.chmod(temporary.name, 0o644)
+            number = _last_number(folder, pattern) + 1
             while True:
-                number += 1
                 path = folder / pattern.format(number)
                 try:
-                    os.link(temporary, path)  # fails if the name is taken, unlike a rename
+                    os.link(temporary.name, path)  # fails if the name is taken, unlike a rename
                     return path
                 except FileExistsError:
-                    continue
-        finally:
-            temporary.unlink(missing_ok=True)
+                    number += 1
     except OSError as error:
         raise UserError(f"--output_path {folder}: cannot write a picture of {len(data.getvalue())} bytes "
                         f"({error.strerror or error}); free some space or choose another folder") from None

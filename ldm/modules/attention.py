@@ -12,15 +12,17 @@ from mindspore import Tensor, dtype as mstype, nn, ops
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear
 
-# Largest score matrix the CPU holds at a time, in elements (64 MiB of float32).
+# Largest score matrix held at a time where there is no fused operator, in elements (64 MiB of float32).
 SCORE_ELEMENTS = 1 << 24
+# Ascend's fused attention takes float16 and heads up to this size; the autoencoder's single head is 512 wide.
+FUSED_HEAD_SIZE = 256
 
 
 class Attention(nn.Cell):
     """softmax(q k^T / sqrt(d)) v over several heads.
 
-    On Ascend it is the fused operator; on the CPU heads and query rows are taken in portions, so that the
-    scores never need more than `SCORE_ELEMENTS`. Softmax runs in float32.
+    On Ascend in float16 it is the fused operator; elsewhere heads are taken in portions, so that the scores need no
+    more than `SCORE_ELEMENTS`, or one head. Softmax runs in float32.
 
     Args:
         num_heads: heads h; the width must be a multiple of it.
@@ -49,7 +51,7 @@ class Attention(nn.Cell):
         batch, queries, width = q.shape
         tokens, size = k.shape[1], width // self.num_heads
         q = q * (1.0 / math.sqrt(size))
-        if self.fused and mask is None:
+        if self.fused and mask is None and q.dtype == mstype.float16 and size <= FUSED_HEAD_SIZE:
             return fused_attention(q, k, v, self.num_heads)
         q, k, v = self._by_head(q, size), self._by_head(k, size), self._by_head(v, size)  # (B h, N or T, d)
         y = self._portions(q, k, v, mask, batch * self.num_heads, queries, tokens)

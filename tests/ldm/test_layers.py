@@ -10,7 +10,7 @@ from mindspore import Tensor
 
 import ldm.modules.attention as attention
 import ldm.modules.layers as layers
-from ldm.modules.attention import GEGLU, Attention, fused_attention
+from ldm.modules.attention import GEGLU, Attention
 from ldm.modules.layers import Conv2d, GroupNorm, LayerNorm, Linear, Upsample, timestep_embedding
 
 RNG = np.random.default_rng(0)
@@ -152,20 +152,23 @@ def test_attention_with_a_mask():
     np.testing.assert_allclose(y, attend_by_definition(q, q, q, 2, mask), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [40, 48])
-def test_fused_attention_pads_heads_without_changing_the_result(monkeypatch, size):
-    """Ascend's operator is replaced by one of the same contract; it takes head sizes that are multiples of 16."""
+@pytest.mark.parametrize("size, dtype, used", [
+    (40, ms.float16, True), (48, ms.float16, True), (40, ms.float32, False), (512, ms.float16, False)])
+def test_fused_attention(monkeypatch, size, dtype, used):
+    """Ascend's operator, replaced by one of the same contract: float16, head sizes that are multiples of 16."""
     taken = []
 
     def operator(q, k, v, head_num, scalar_value, input_layout):
-        assert input_layout == "BNSD" and q.shape[1] == head_num and q.shape[3] % 16 == 0
+        assert input_layout == "BNSD" and q.shape[1] == head_num and q.dtype == k.dtype == v.dtype == ms.float16
         taken.append(q.shape[3])
         q, k, v = (x.asnumpy().transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1) for x in (q, k, v))
         y = attend_by_definition(q * math.sqrt(q.shape[2] // head_num) * scalar_value, k, v, head_num)
-        return Tensor(y.reshape(y.shape[0], y.shape[1], head_num, -1).transpose(0, 2, 1, 3), ms.float32)
+        return Tensor(y.reshape(y.shape[0], y.shape[1], head_num, -1).transpose(0, 2, 1, 3), ms.float16)
 
     monkeypatch.setattr(attention.ops, "flash_attention_score", operator)
+    cell = Attention(2)
+    cell.fused = True
     q, k, v = normal(2, 5, 2 * size), normal(2, 4, 2 * size), normal(2, 4, 2 * size)
-    y = fused_attention(Tensor(q / math.sqrt(size)), Tensor(k), Tensor(v), 2).asnumpy()
-    np.testing.assert_allclose(y, attend_by_definition(q, k, v, 2), rtol=1e-4, atol=1e-5)
-    assert taken == [48]
+    y = cell(Tensor(q, dtype), Tensor(k, dtype), Tensor(v, dtype))
+    np.testing.assert_allclose(y.asnumpy(), attend_by_definition(q, k, v, 2), atol=2e-2)
+    assert taken == ([48] if used else []) and y.dtype == dtype

@@ -1,0 +1,128 @@
+"""Merging and converting: names, values, and files that do not belong."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ip_adapter.build import build_sd
+from ip_adapter.config import ModelConfig
+from ip_adapter.merge import convert_sd, merge_sd
+from ip_adapter.standins import DEMO, write_sd_standins
+from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
+from tests.conftest import DATA
+
+
+def arrays(path) -> dict:
+    """All tensors of a file."""
+    with open_checkpoint(path) as file:
+        return {name: file.read(name) for name in file.tensors}
+
+
+def manifest_names(name: str) -> set:
+    return {line.split("\t")[0] for line in (DATA / "manifests" / f"{name}.tsv").read_text().splitlines()}
+
+
+def without(names: set, *parts: str) -> set:
+    """Names of layers that small and full-size networks both have."""
+    return {name for name in names if not any(part in name for part in parts)}
+
+
+DEEPER = tuple(f"resblocks.{i}." for i in range(2, 48))
+
+
+def test_merged_names_are_those_of_the_public_layout(merged):
+    with open_checkpoint(merged) as file:
+        assert set(file.tensors) == without(manifest_names("sd_v1.5_ip_adapter.ckpt"), *DEEPER)
+
+
+def test_merged_values(merged, standins):
+    out, sd, adapter = arrays(merged), arrays(standins["sd"]), arrays(standins["ip_adapter"])
+    encoder, vae = arrays(standins["open_clip_vit"]), arrays(standins["vae"])
+    unet = "model.diffusion_model."
+    np.testing.assert_array_equal(out[unet + "input_blocks.1.0.in_layers_conv.conv.weight"],
+                                  sd[unet + "input_blocks.1.0.in_layers.2.weight"])
+    text = "cond_stage_model.transformer."
+    np.testing.assert_array_equal(
+        out[text + "transformer_layer.resblocks.1.attn.attn.in_proj.bias"],
+        np.concatenate([sd[f"{text}text_model.encoder.layers.1.self_attn.{k}_proj.bias"] for k in "qkv"]))
+    np.testing.assert_array_equal(out["embedder.image_encoder.model.visual.proj"], encoder["visual_projection.weight"].T)
+    np.testing.assert_array_equal(out["first_stage_model.decoder.mid.attn_1.k.weight"][:, :, 0, 0],
+                                  vae["decoder.mid_block.attentions.0.key.weight"])
+    np.testing.assert_array_equal(out["first_stage_model.decoder.up.3.block.0.conv1.weight"],
+                                  vae["decoder.up_blocks.0.resnets.0.conv1.weight"])
+    np.testing.assert_array_equal(out[unet + "middle_block.1.transformer_blocks.0.attn2.to_v_ip.weight"],
+                                  adapter["ip_adapter.31.to_v_ip.weight"])
+
+
+def test_without_an_adapter_training_starts_from_the_text_attention(standins, tmp_path):
+    out = tmp_path / "train.safetensors"
+    files = {key: path for key, path in standins.items() if key != "ip_adapter"}
+    merge_sd(**files, ip_adapter=None, out=out, skip_ip=True)
+    tensors = arrays(out)
+    assert not [name for name in tensors if "image_proj" in name]
+    block = "model.diffusion_model.output_blocks.3.1.transformer_blocks.0.attn2."
+    np.testing.assert_array_equal(tensors[block + "to_k_ip.weight"], tensors[block + "to_k.weight"])
+    with pytest.raises(CheckpointError, match="holds no IP-Adapter"):
+        build_sd(out, ModelConfig())
+
+
+def test_converting_first_gives_the_same(merged, standins, tmp_path):
+    base = tmp_path / "sd_v1.5-d0ab7146.ckpt"
+    convert_sd(standins["sd"], base)
+    with open_checkpoint(base) as file:
+        assert set(file.tensors) == without(manifest_names("sd_v1.5-d0ab7146.ckpt"), *DEEPER)
+    out = tmp_path / "merged.ckpt"
+    merge_sd(**{**standins, "sd": base}, out=out)
+    expected = arrays(merged)
+    for name, value in arrays(out).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_float16_and_a_finetuned_adapter(merged, standins, tmp_path):
+    whole = arrays(merged)
+    finetuned = tmp_path / "sd-1.ckpt"
+    save_arrays(finetuned, {name: value for name, value in whole.items() if "_ip." in name or "image_proj" in name})
+    out = tmp_path / "half.ckpt"
+    merge_sd(**{**standins, "ip_adapter": finetuned}, out=out, dtype="float16")
+    for name, value in arrays(out).items():
+        assert value.dtype == np.float16
+        np.testing.assert_array_equal(value, whole[name].astype(np.float16))
+
+
+def test_what_does_not_fit_is_named(standins, tmp_path):
+    from dataclasses import replace
+
+    other = write_sd_standins(tmp_path / "other", replace(DEMO, image=replace(DEMO.image, embed_dim=48),
+                                                          proj=DEMO.proj._replace(embed_dim=48)))
+    out = tmp_path / "out.ckpt"
+    cases = [
+        ({"ip_adapter": other["ip_adapter"]}, "trained with an encoder of width 48; the encoder given is of width 32"),
+        ({"ip_adapter": standins["vae"]}, "holds no adapter"),
+        ({"sd": standins["vae"]}, "not a whole SD-1.5 model"),
+        ({"open_clip_vit": standins["sd"]}, "holds no image encoder"),
+        ({"vae": standins["open_clip_vit"]}, "--vae expects the autoencoder of diffusers"),
+        ({"vae": tmp_path / "absent.safetensors"}, "absent.safetensors"),
+    ]
+    for change, message in cases:
+        with pytest.raises(CheckpointError, match=message):
+            merge_sd(**{**standins, **change}, out=out)
+        assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_damaged_weights_are_refused(standins, tmp_path):
+    tensors = arrays(standins["ip_adapter"])
+    tensors["ip_adapter.5.to_k_ip.weight"][3, 4] = np.nan
+    save_arrays(tmp_path / "nan.safetensors", tensors)
+    out = tmp_path / "out.ckpt"
+    out.write_bytes(b"the old file")
+    with pytest.raises(CheckpointError, match="ip_adapter.5.to_k_ip.weight holds NaN"):
+        merge_sd(**{**standins, "ip_adapter": tmp_path / "nan.safetensors"}, out=out)
+    assert out.read_bytes() == b"the old file"
+
+
+def test_plus_adapters_are_not_mistaken_for_plain_ones(standins, tmp_path):
+    tensors = arrays(standins["ip_adapter"])
+    plus = {name: value for name, value in tensors.items() if not name.startswith("image_proj")}
+    save_arrays(tmp_path / "plus.safetensors", {**plus, "image_proj.latents": np.zeros((1, 16, 8), np.float32)})
+    with pytest.raises(CheckpointError, match="plus or full-face"):
+        merge_sd(**{**standins, "ip_adapter": tmp_path / "plus.safetensors"}, out=tmp_path / "out.ckpt")
