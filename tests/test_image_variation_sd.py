@@ -73,6 +73,7 @@ def test_scale_0_ignores_the_picture(merged, tmp_path, outcome, picture):
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_float16_stays_close(merged, tmp_path, outcome):
     for dtype in ("float32", "float16"):
         status, said = outcome(main, "--ckpt_path", merged, "--img", DATA / "input.png", *SMALL, "--n_samples", "1",

@@ -10,6 +10,8 @@ import pytest
 from ldm.checkpoint_file import open_checkpoint, save_arrays
 from tests.conftest import DATA, ROOT, shell
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```shell\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.strip().splitlines() if line.startswith("python ")]

@@ -17,11 +17,11 @@ def test_schedule_ends():
     assert ALPHAS.dtype == np.float64 and np.all(np.diff(ALPHAS) < 0)
 
 
-@pytest.mark.parametrize("steps", range(1, 1001))
-def test_exactly_the_steps_asked_for(steps):
-    timesteps = leading_timesteps(steps)
-    assert len(timesteps) == steps and timesteps[0] <= 999 and timesteps[-1] == 1
-    assert np.all(np.diff(timesteps) <= 0)
+def test_exactly_the_steps_asked_for():
+    for steps in range(1, 1001):
+        timesteps = leading_timesteps(steps)
+        assert len(timesteps) == steps and timesteps[0] <= 999 and timesteps[-1] == 1
+        assert np.all(np.diff(timesteps) <= 0)
 
 
 def test_timesteps_of_diffusers():
