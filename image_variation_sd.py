@@ -6,7 +6,7 @@ from __future__ import annotations
 
 
 from ip_adapter.build import build_sd
-from ip_adapter.cli import config_from, default_weights, existing_file, inference_parser, run, start
+from ip_adapter.cli import config_from, default_weights, execute, existing_file, inference_parser, start
 from ip_adapter.config import ROOT
 from ip_adapter.preprocess import open_image
 from ip_adapter.run import Run
@@ -25,18 +25,18 @@ def main(argv: list | None = None) -> None:
 
     image = open_image(args.img)
     weights = default_weights(args, config)
-    run_ = Run(args, config.name, weights)
+    run = Run(args, config.name, weights)
     model = build_sd(weights, config.model, args.dtype)
     model.set_ip_scale(args.ip_scale)
     schedule = NoiseSchedule(config.model.beta_start, config.model.beta_end)
 
-    for batch in run_.batches():
+    for batch in run.batches():
         cond, uncond = model.condition(batch.prompts, batch.negative_prompts, [image])
         denoise = model.diffusion.denoiser(cond, uncond, args.scale)
-        latents = run_.sample(sample_ddim(denoise, batch.noise, args.sampling_steps, schedule), args.sampling_steps)
-        run_.save(model.diffusion.decode(latents), batch, [image])
-    run_.report()
+        latents = run.sample(sample_ddim(denoise, batch.noise, args.sampling_steps, schedule), args.sampling_steps)
+        run.save(model.diffusion.decode(latents), batch, [image])
+    run.report()
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

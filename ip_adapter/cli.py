@@ -172,7 +172,7 @@ def start(args: argparse.Namespace) -> None:
     args.dtype = getattr(args, "dtype", None) or default_dtype()
 
 
-def run(main: Callable[[], None]) -> None:
+def execute(main: Callable[[], None]) -> None:
     """Run a script: the user's mistakes become one line and status 2, Ctrl-C status 130."""
     name = Path(sys.argv[0]).name
     try:

@@ -54,7 +54,8 @@ def sd_base(file: CheckpointFile, flag: str) -> tuple:
     probe = ("input_blocks.1.0.in_layers.0.gamma", "input_blocks.1.0.in_layers.2.weight")
     layouts = SD15_TORCH if best_layout(file.tensors, probe, (UNET_SD15, UNET_TORCH)) is UNET_TORCH else SD15_MINDSPORE
     unet, vae = View(file.tensors, layouts[0]), View(file.tensors, layouts[1])
-    sizes = unet_config(unet, num_heads=8), autoencoder_config(vae), text_config(View(file.tensors, layouts[2]), "quick_gelu")
+    # Head counts and activations change no shape, so any will do for naming.
+    sizes = unet_config(unet, num_heads=8), autoencoder_config(vae), text_config(View(file.tensors, layouts[2]), "gelu")
     if None in sizes:
         family = "an SDXL file" if any(n.startswith("conditioner.") for n in file.tensors) else "not a whole SD-1.5 model"
         raise CheckpointError(f"{flag} {file.path}: is {family}, expected sd_v1.5-d0ab7146.ckpt or "

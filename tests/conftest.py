@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ip_adapter.cli import run
+from ip_adapter.cli import execute
 from ip_adapter.merge import merge_sd
 from ip_adapter.standins import write_sd_standins
 from ldm.device import start_device
@@ -51,7 +51,7 @@ def outcome(capfd):
     def call(main, *argv):
         status = 0
         try:
-            run(lambda: main([str(word) for word in argv]))
+            execute(lambda: main([str(word) for word in argv]))
         except SystemExit as leave:
             status = leave.code or 0
         return status, capfd.readouterr().err

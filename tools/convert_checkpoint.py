@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.cli import Parser, run, start_logging  # noqa: E402
+from ip_adapter.cli import Parser, execute, start_logging  # noqa: E402
 from ip_adapter.merge import convert_sd  # noqa: E402
 
 
@@ -28,4 +28,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.cli import Parser, first_existing, run, start_logging  # noqa: E402
+from ip_adapter.cli import Parser, execute, first_existing, start_logging  # noqa: E402
 from ip_adapter.merge import merge_sd  # noqa: E402
 
 FOLDER = "checkpoints/sd_models"
@@ -38,4 +38,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    execute(main)
