@@ -4,7 +4,6 @@ python image_variation_sd.py --img photo.jpg --prompt "wearing a hat" --ip_scale
 """
 from __future__ import annotations
 
-
 from ip_adapter.build import build_sd
 from ip_adapter.cli import config_from, default_weights, execute, existing_file, inference_parser, start
 from ip_adapter.config import ROOT

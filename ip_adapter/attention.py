@@ -1,7 +1,8 @@
 """Decoupled cross-attention: the text attention of a UNet plus a second one over image tokens."""
 from __future__ import annotations
 
-from mindspore import Parameter, Tensor, dtype as mstype, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
 
 from ldm.modules.attention import CrossAttention
 from ldm.modules.layers import Linear

@@ -4,7 +4,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 from mindspore.nn.utils import no_init_parameters
@@ -108,6 +107,6 @@ def why_incomplete(tensors: dict, sizes: tuple) -> str:
         return "is an original torch checkpoint, expected a merged one; run tools/merge_ckpts_sd.py --sd on it"
     if sizes[0] and sizes[1] and sizes[2]:
         return "holds no IP-Adapter (image encoder and projector); run tools/merge_ckpts_sd.py without --skip_ip"
-    names = [name for name, size in zip(("UNet", "autoencoder", "text encoder", "image encoder", "image projector"), sizes)
-             if size is None]
+    parts = ("UNet", "autoencoder", "text encoder", "image encoder", "image projector")
+    names = [name for name, size in zip(parts, sizes) if size is None]
     return f"holds no {', no '.join(names)}; expected a file written by tools/merge_ckpts_sd.py"

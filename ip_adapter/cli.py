@@ -63,7 +63,8 @@ def multiple_of_8(text: str) -> int:
     """An argparse type: the height or width of a picture."""
     size = in_range(int, 8, 4096)(text)
     if size % 8:
-        raise argparse.ArgumentTypeError(f"{size} is not a multiple of 8; the nearest are {size // 8 * 8} and {size // 8 * 8 + 8}")
+        below = size // 8 * 8
+        raise argparse.ArgumentTypeError(f"{size} is not a multiple of 8; the nearest are {below} and {below + 8}")
     return size
 
 

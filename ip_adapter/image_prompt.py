@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mindspore import Tensor, dtype as mstype, nn, ops
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 
 from ldm.checkpoint import View
 from ldm.modules.clip import CLIPImageTransformer

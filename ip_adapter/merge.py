@@ -11,8 +11,15 @@ from mindspore.nn.utils import no_init_parameters
 from tqdm import tqdm
 
 from ip_adapter.image_prompt import ImageProjModel, image_proj_config
-from ip_adapter.names import (EMBEDDER_SD15, IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH,
-                              image_attention_torch, image_encoder_mindspore, image_proj_mindspore)
+from ip_adapter.names import (
+    EMBEDDER_SD15,
+    IMAGE_ATTENTION,
+    IMAGE_ENCODER_TORCH,
+    IMAGE_PROJ_TORCH,
+    image_attention_torch,
+    image_encoder_mindspore,
+    image_proj_mindspore,
+)
 from ip_adapter.patch import patch_cross_attention, transformer_blocks
 from ip_adapter.pictures import write_sha256
 from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
@@ -55,9 +62,11 @@ def sd_base(file: CheckpointFile, flag: str) -> tuple:
     layouts = SD15_TORCH if best_layout(file.tensors, probe, (UNET_SD15, UNET_TORCH)) is UNET_TORCH else SD15_MINDSPORE
     unet, vae = View(file.tensors, layouts[0]), View(file.tensors, layouts[1])
     # Head counts and activations change no shape, so any will do for naming.
-    sizes = unet_config(unet, num_heads=8), autoencoder_config(vae), text_config(View(file.tensors, layouts[2]), "gelu")
+    text = View(file.tensors, layouts[2])
+    sizes = unet_config(unet, num_heads=8), autoencoder_config(vae), text_config(text, "quick_gelu")
     if None in sizes:
-        family = "an SDXL file" if any(n.startswith("conditioner.") for n in file.tensors) else "not a whole SD-1.5 model"
+        xl = any(name.startswith("conditioner.") for name in file.tensors)
+        family = "an SDXL file" if xl else "not a whole SD-1.5 model"
         raise CheckpointError(f"{flag} {file.path}: is {family}, expected sd_v1.5-d0ab7146.ckpt or "
                               "v1-5-pruned-emaonly.safetensors")
     with no_init_parameters():
@@ -90,7 +99,8 @@ def merge_sd(sd, open_clip_vit, ip_adapter, vae, out, skip_ip: bool = False, dty
         planned = {}
 
         base_parts = [Part(parameter_shapes(unet, TEXT_ONLY), base, layouts[0]),
-                      Part(parameter_shapes(autoencoder), base, layouts[1]), Part(parameter_shapes(text), base, layouts[2])]
+                      Part(parameter_shapes(autoencoder), base, layouts[1]),
+                      Part(parameter_shapes(text), base, layouts[2])]
         check(base_parts)
         if vae is not None:
             base_parts[1] = vae_part(stack.enter_context(open_checkpoint(vae)), autoencoder)
@@ -142,7 +152,8 @@ def adapter_parts(file: CheckpointFile, unet: UNetModel, embed_dim: int, flag: s
     published = image_attention_torch(paths), IMAGE_PROJ_TORCH
     finetuned = UNET_SD15, image_proj_mindspore(EMBEDDER_SD15)
     shapes = parameter_shapes(unet, IMAGE_ATTENTION)
-    attention, proj = published if best_layout(file.tensors, shapes, (finetuned[0], published[0])) is published[0] else finetuned
+    best = best_layout(file.tensors, shapes, (finetuned[0], published[0]))
+    attention, proj = published if best is published[0] else finetuned
     size = image_proj_config(View(file.tensors, proj))
     if size is None:
         plus = any(name.startswith(("image_proj.latents", "image_proj.proj.0")) for name in file.tensors)
@@ -151,12 +162,13 @@ def adapter_parts(file: CheckpointFile, unet: UNetModel, embed_dim: int, flag: s
             if plus else "holds no adapter; expected ip-adapter_sd15.safetensors or a finetuned sd-N.ckpt"))
     encoders = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
     if size.embed_dim != embed_dim:
-        raise CheckpointError(f"{flag} {file.path}: this adapter was trained with "
-                              f"{encoders.get(size.embed_dim, f'an encoder of width {size.embed_dim}')}; the encoder given "
-                              f"is {encoders.get(embed_dim, f'of width {embed_dim}')}")
+        trained = encoders.get(size.embed_dim, f"an encoder of width {size.embed_dim}")
+        given = encoders.get(embed_dim, f"of width {embed_dim}")
+        raise CheckpointError(f"{flag} {file.path}: this adapter was trained with {trained}; "
+                              f"the encoder given is {given}")
     if size.context_dim != unet.config.context_dim:
-        raise CheckpointError(f"{flag} {file.path}: this adapter makes tokens of width {size.context_dim}, the UNet takes "
-                              f"{unet.config.context_dim}; it was trained for another base model")
+        raise CheckpointError(f"{flag} {file.path}: this adapter makes tokens of width {size.context_dim}, the UNet "
+                              f"takes {unet.config.context_dim}; it was trained for another base model")
     with no_init_parameters():
         model = ImageProjModel(size)
     parts = Part(shapes, file, attention), Part(parameter_shapes(model), file, proj)

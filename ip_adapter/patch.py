@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from typing import Iterator
 
-from mindspore import Tensor, dtype as mstype, nn
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
 
 from ip_adapter.attention import IPAdapterCrossAttention
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention

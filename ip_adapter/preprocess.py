@@ -36,7 +36,8 @@ def open_image(path, flag: str = "--img") -> Image.Image:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise UserError(f"{flag} {path}: {width} x {height} pixels, at most {MAX_PIXELS:,} are taken; resize it")
+                raise UserError(f"{flag} {path}: {width} x {height} pixels, at most {MAX_PIXELS:,} are taken; "
+                                "resize it")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except UserError:

@@ -106,25 +106,29 @@ class Run:
     def settings(self, prompt: str, negative: str, seed: int) -> dict:
         """What repeats a picture, as text metadata."""
         a = self.args
-        own = {name: getattr(a, name) for name in ("img", "ref_img", "ref_mask", "control_image", "strength", "latents")
-               if getattr(a, name, None) is not None}
+        own = {"latents": a.latents} if a.latents else {}
         return {"prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": a.sampling_steps,
-                "guidance_scale": a.scale, "ip_scale": a.ip_scale, "sampler": "DDIM", "size": f"{a.W}x{a.H}", **own,
-                "model": self.name, "weights": self.weights.name, "weights_sha256": file_sha256(self.weights),
-                "dtype": a.dtype, "program": f"IP-Adapter on MindSpore {__version__}"}
+                "guidance_scale": a.scale, "ip_scale": a.ip_scale, "sampler": "DDIM", "size": f"{a.W}x{a.H}",
+                "img": a.img, **own, "model": self.name, "weights": self.weights.name,
+                "weights_sha256": file_sha256(self.weights), "dtype": a.dtype,
+                "program": f"IP-Adapter on MindSpore {__version__}"}
 
     def report(self) -> None:
         """One line: where the pictures are, and how long they took."""
         seconds = time.time() - self.started
         rate = self.steps / self.sampling_seconds if self.sampling_seconds else 0.0
-        where = self.args.output_path if not (self.args.skip_save and self.args.skip_grid) else "nowhere (--skip_save --skip_grid)"
-        log.info("%d pictures in %s: %.1f s, %.2f step/s, %.3f img/s", self.made, where, seconds, rate, self.made / seconds)
+        nothing = self.args.skip_save and self.args.skip_grid
+        where = "nowhere (--skip_save --skip_grid)" if nothing else self.args.output_path
+        log.info("%d pictures in %s: %.1f s, %.2f step/s, %.3f img/s", self.made, where, seconds, rate,
+                 self.made / seconds)
 
 
 def prompt_pairs(args: argparse.Namespace) -> tuple:
     """Prompts and negative prompts of a run, equally many."""
     prompts = read_lines(args.data_path, "--data_path") if args.data_path else [args.prompt]
-    negatives = read_lines(args.negative_data_path, "--negative_data_path") if args.negative_data_path else [args.negative_prompt]
+    negatives = [args.negative_prompt]
+    if args.negative_data_path:
+        negatives = read_lines(args.negative_data_path, "--negative_data_path")
     if len(negatives) == 1:
         negatives = negatives * len(prompts)
     if len(negatives) != len(prompts):
@@ -150,8 +154,9 @@ def read_latents(path: Path, shape: tuple) -> np.ndarray:
         latents = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"--latents {path}: is not a .npy file of numbers ({error})") from None
-    if not isinstance(latents, np.ndarray) or latents.dtype.kind != "f" or latents.ndim != 4 or latents.shape[1:] != shape:
-        found = f"{latents.dtype} {latents.shape}" if isinstance(latents, np.ndarray) else "an archive"
+    is_array = isinstance(latents, np.ndarray)
+    if not is_array or latents.dtype.kind != "f" or latents.ndim != 4 or latents.shape[1:] != shape:
+        found = f"{latents.dtype} {latents.shape}" if is_array else "an archive"
         raise UserError(f"--latents {path}: holds {found}, expected float32 (n, {', '.join(map(str, shape))}); "
                         "see --H and --W")
     if not np.isfinite(latents).all():

@@ -13,9 +13,9 @@ import numpy as np
 from mindspore.nn.utils import no_init_parameters
 
 from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel
+from ip_adapter.merge import SD15_TORCH, TEXT_ONLY
 from ip_adapter.names import IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch
 from ip_adapter.patch import patch_cross_attention, transformer_blocks
-from ip_adapter.merge import SD15_TORCH, TEXT_ONLY
 from ldm.checkpoint import Layout, parameter_shapes
 from ldm.checkpoint_file import TensorInfo, write_checkpoint
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL

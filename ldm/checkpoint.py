@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
-from mindspore import Tensor, dtype as mstype, nn
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
 
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, TensorInfo
 
@@ -169,7 +170,8 @@ def check(parts: Iterable[Part], allowed: str = r"(?!)", cause: str = "") -> Non
                   for what, names in (("missing", missing), ("of another shape", misshapen), ("unexpected", extra))
                   if names]
         if report:
-            raise CheckpointError(f"{file.path} does not fit the network{f' ({cause})' if cause else ''}: {'; '.join(report)}")
+            likely = f" ({cause})" if cause else ""
+            raise CheckpointError(f"{file.path} does not fit the network{likely}: {'; '.join(report)}")
 
 
 def read_parameter(file: CheckpointFile, source: Source) -> np.ndarray:

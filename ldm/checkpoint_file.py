@@ -18,8 +18,16 @@ from typing import Callable
 
 import numpy as np
 
-from ldm.formats.index import DTYPES, MAX_INDEX_BYTES, CheckpointError, Entry, TensorInfo, damaged
-from ldm.formats.index import narrow_bfloat16, widen_bfloat16
+from ldm.formats.index import (
+    DTYPES,
+    MAX_INDEX_BYTES,
+    CheckpointError,
+    Entry,
+    TensorInfo,
+    damaged,
+    narrow_bfloat16,
+    widen_bfloat16,
+)
 from ldm.formats.mindspore_ckpt import index_ckpt, write_ckpt
 from ldm.formats.safetensors_file import index_safetensors, write_safetensors
 from ldm.formats.torch_zip import index_torch

@@ -34,7 +34,8 @@ def start_device(device_target: str | None = None, ms_mode: int | None = None) -
     try:
         ms.set_device(target)
     except RuntimeError:
-        raise UserError(f"--device_target {target}: MindSpore finds no such device here; use --device_target CPU") from None
+        raise UserError(f"--device_target {target}: MindSpore finds no such device here; "
+                        "use --device_target CPU") from None
     mode = default_mode() if ms_mode is None else ms_mode
     ms.set_context(mode=ms.GRAPH_MODE if mode == 0 else ms.PYNATIVE_MODE)
     if target == "CPU":

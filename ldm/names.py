@@ -52,7 +52,8 @@ def _vae_diffusers(q: str, k: str, v: str, out: str) -> Layout:
     ) + TORCH_NORMS, flattened=r"attn_1\.(q|k|v|proj_out)\.weight$")
 
 
-VAE_DIFFUSERS = (_vae_diffusers("query", "key", "value", "proj_attn"), _vae_diffusers("to_q", "to_k", "to_v", "to_out.0"))
+VAE_DIFFUSERS = (_vae_diffusers("query", "key", "value", "proj_attn"),
+                 _vae_diffusers("to_q", "to_k", "to_v", "to_out.0"))
 
 TEXT_SD15 = Layout("cond_stage_model.transformer.", (
     (r"^token_embedding$", "embedding_table"),

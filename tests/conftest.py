@@ -1,7 +1,6 @@
 """Fixtures: small stand-in files, the checkpoint merged from them, and scripts run in this process or another."""
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,10 +57,10 @@ def outcome(capfd):
     return call
 
 
-def shell(*words, cwd, env=None) -> subprocess.CompletedProcess:
+def shell(*words, cwd) -> subprocess.CompletedProcess:
     """Run a command in a process of its own, with this Python."""
     words = [sys.executable if word == "python" else str(word) for word in words]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, **(env or {})})
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 def reference() -> dict:

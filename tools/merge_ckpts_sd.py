@@ -21,7 +21,8 @@ def main(argv: list | None = None) -> None:
     """Parse the flags and merge."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--sd", default=SPELLINGS, type=lambda text: [text], help="Stable Diffusion 1.5, MindSpore .ckpt or original .safetensors")
+    add("--sd", default=SPELLINGS, type=lambda text: [text],
+        help="Stable Diffusion 1.5, MindSpore .ckpt or original .safetensors")
     add("--open_clip_vit", default=f"{FOLDER}/IP-Adapter/image_encoder/model.safetensors", help="CLIP image encoder")
     add("--ip_adapter", "--ip_adpater", default=f"{FOLDER}/IP-Adapter/ip-adapter_sd15.safetensors",
         help="IP-Adapter, published (.safetensors, .bin) or finetuned (sd-N.ckpt)")

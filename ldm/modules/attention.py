@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from mindspore import Tensor, dtype as mstype, nn, ops
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear
@@ -70,8 +71,8 @@ class Attention(nn.Cell):
         while groups % together:
             together -= 1
         parts = []
-        for i, j, l in zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0)):
-            parts.append(self._product(i, j, l, mask))
+        for a, b, c in zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0)):
+            parts.append(self._product(a, b, c, mask))
         return ops.concat(parts, 0)
 
     def _product(self, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mindspore import Tensor, dtype as mstype, nn, ops
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
 
 from ldm.modules.attention import Attention
 from ldm.modules.layers import Conv2d, GroupNorm, Upsample, silu

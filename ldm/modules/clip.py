@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Parameter, Tensor, dtype as mstype, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 
 from ldm.modules.attention import Attention

@@ -4,7 +4,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from mindspore import Parameter, Tensor, dtype as mstype, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.device import on_ascend

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mindspore import Tensor, dtype as mstype, nn, ops
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.layers import Conv2d, GroupNorm, Linear, SiLU, Upsample, timestep_embedding
@@ -59,7 +60,8 @@ class ResBlock(nn.Cell):
             GroupNorm(channels), SiLU(), Conv2d(channels, out_channels, 3, padding=1, dtype=dtype))
         self.emb_layers = nn.SequentialCell(SiLU(), Linear(emb_channels, out_channels, dtype=dtype))
         self.out_layers = nn.SequentialCell(
-            GroupNorm(out_channels), SiLU(), nn.Identity(), Conv2d(out_channels, out_channels, 3, padding=1, dtype=dtype))
+            GroupNorm(out_channels), SiLU(), nn.Identity(),
+            Conv2d(out_channels, out_channels, 3, padding=1, dtype=dtype))
         self.skip_connection = (
             nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1, dtype=dtype))
 

@@ -45,7 +45,8 @@ def test_merged_values(merged, standins):
     np.testing.assert_array_equal(
         out[text + "transformer_layer.resblocks.1.attn.attn.in_proj.bias"],
         np.concatenate([sd[f"{text}text_model.encoder.layers.1.self_attn.{k}_proj.bias"] for k in "qkv"]))
-    np.testing.assert_array_equal(out["embedder.image_encoder.model.visual.proj"], encoder["visual_projection.weight"].T)
+    np.testing.assert_array_equal(out["embedder.image_encoder.model.visual.proj"],
+                                  encoder["visual_projection.weight"].T)
     np.testing.assert_array_equal(out["first_stage_model.decoder.mid.attn_1.k.weight"][:, :, 0, 0],
                                   vae["decoder.mid_block.attentions.0.key.weight"])
     np.testing.assert_array_equal(out["first_stage_model.decoder.up.3.block.0.conv1.weight"],

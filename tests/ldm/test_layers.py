@@ -91,7 +91,8 @@ def test_norms_run_in_float32_under_float16():
     fill(group)
     grouped = x.reshape(2, 32, -1).astype(np.float64)
     scaled = (grouped - grouped.mean(-1, keepdims=True)) / np.sqrt(grouped.var(-1, keepdims=True) + 1e-5)
-    expected = scaled.reshape(x.shape) * group.gamma.asnumpy().reshape(-1, 1, 1) + group.beta.asnumpy().reshape(-1, 1, 1)
+    gain, shift = (p.asnumpy().reshape(-1, 1, 1) for p in (group.gamma, group.beta))
+    expected = scaled.reshape(x.shape) * gain + shift
     np.testing.assert_allclose(group(Tensor(x)).asnumpy(), expected, rtol=1e-4, atol=1e-4)
     half = group(Tensor(x, ms.float16))
     assert half.dtype == ms.float16

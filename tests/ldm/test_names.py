@@ -8,8 +8,15 @@ from mindspore.nn.utils import no_init_parameters
 
 from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel, image_proj_config
 from ip_adapter.merge import SD15_MINDSPORE, SD15_TORCH, TEXT_ONLY
-from ip_adapter.names import (EMBEDDER_SD15, IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH,
-                              image_attention_torch, image_encoder_mindspore, image_proj_mindspore)
+from ip_adapter.names import (
+    EMBEDDER_SD15,
+    IMAGE_ATTENTION,
+    IMAGE_ENCODER_TORCH,
+    IMAGE_PROJ_TORCH,
+    image_attention_torch,
+    image_encoder_mindspore,
+    image_proj_mindspore,
+)
 from ip_adapter.patch import patch_cross_attention, transformer_blocks
 from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
 from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes
@@ -132,4 +139,5 @@ def test_only_twenty_names_are_listed(shapes):
     file = _File("empty", {"a": TensorInfo((1,), "float32")})
     with pytest.raises(CheckpointError) as error:
         check([Part(shapes["vae"], file, VAE_DIFFUSERS[0])])
-    assert "248 missing" in str(error.value) and str(error.value).count(".bias") + str(error.value).count(".weight") == 20
+    message = str(error.value)
+    assert "248 missing" in message and message.count(".bias") + message.count(".weight") == 20

@@ -51,7 +51,8 @@ def test_image_encoder_and_projector(model, expected):
 
 
 def context(expected, n: int) -> Tensor:
-    sides = [np.concatenate([expected[f"text_{side}"], expected[f"image_tokens_{side}"]], 1) for side in ("uncond", "cond")]
+    sides = [np.concatenate([expected[f"text_{side}"], expected[f"image_tokens_{side}"]], 1)
+             for side in ("uncond", "cond")]
     return Tensor(np.concatenate([np.repeat(side, n, 0) for side in sides]))
 
 
