@@ -29,8 +29,9 @@ def main(argv: list | None = None) -> None:
     model.set_ip_scale(args.ip_scale)
     schedule = NoiseSchedule(config.model.beta_start, config.model.beta_end)
 
+    image_tokens = model.image_tokens(image)
     for batch in run.batches():
-        cond, uncond = model.condition(batch.prompts, batch.negative_prompts, [image])
+        cond, uncond = model.condition(batch.prompts, batch.negative_prompts, image_tokens)
         denoise = model.diffusion.denoiser(cond, uncond, args.scale)
         latents = run.sample(sample_ddim(denoise, batch.noise, args.sampling_steps, schedule), args.sampling_steps)
         run.save(model.diffusion.decode(latents), batch, [image])

@@ -4,16 +4,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from mindspore import Tensor, ops
 from mindspore.nn.utils import no_init_parameters
+from PIL import Image
 
 from ip_adapter.config import ModelConfig
 from ip_adapter.image_prompt import ImageProjModel, IPAdapterImageEmbedder, image_proj_config
 from ip_adapter.names import EMBEDDER_SD15, image_encoder_mindspore, image_proj_mindspore
 from ip_adapter.patch import patch_cross_attention, set_ip_scale
 from ip_adapter.preprocess import clip_pixels
-from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
+from ldm.architecture import autoencoder_config, image_config, is_sdxl, text_config, unet_config
 from ldm.checkpoint import Part, View, check, load, parameter_shapes
 from ldm.checkpoint_file import CheckpointError, open_checkpoint
 from ldm.device import DTYPES
@@ -33,25 +33,26 @@ class ImagePromptModel:
     diffusion: LatentDiffusion
     embedder: IPAdapterImageEmbedder
 
-    def condition(self, prompts: list, negative_prompts: list, images: list) -> tuple:
+    def image_tokens(self, image: Image.Image) -> tuple:
+        """A picture to its tokens for both sides of the guidance, (1, K, D) float32 each: once a run is enough."""
+        pixels = clip_pixels(image, self.embedder.image_encoder.config.image_size)
+        return self.embedder(Tensor(pixels[None]))
+
+    def condition(self, prompts: list, negative_prompts: list, image_tokens: tuple) -> tuple:
         """Text tokens followed by image tokens, for both sides of the guidance.
 
         Args:
             prompts: B texts.
             negative_prompts: B texts.
-            images: B pictures, or one for all.
+            image_tokens: what `image_tokens` gives.
 
         Returns:
             cond and uncond, (B, 77 + K, D) float32 each.
         """
-        size = self.embedder.image_encoder.config.image_size
-        pixels = np.stack([clip_pixels(image, size) for image in images])
-        tokens, uncond_tokens = self.embedder(Tensor(pixels))
         sides = []
-        for texts, image_tokens in ((prompts, tokens), (negative_prompts, uncond_tokens)):
+        for texts, tokens in zip((prompts, negative_prompts), image_tokens):
             text = self.diffusion.encode_text(texts)
-            image_tokens = ops.broadcast_to(image_tokens, (len(texts),) + image_tokens.shape[1:])
-            sides.append(ops.concat((text, image_tokens), 1))
+            sides.append(ops.concat((text, ops.broadcast_to(tokens, (len(texts),) + tokens.shape[1:])), 1))
         return tuple(sides)
 
     def set_ip_scale(self, scale: float) -> None:
@@ -92,7 +93,6 @@ def build_sd(path: Path, config: ModelConfig, dtype: str = "float32") -> ImagePr
         check(parts, allowed=CONTROLNET)
         for cell, part in zip(cells, parts):
             load(cell, part)
-    set_ip_scale(unet, 1.0)
     for cell in cells:
         cell.set_train(False)
     diffusion = LatentDiffusion(unet, cells[1], cells[2], config.scale_factor)
@@ -101,7 +101,7 @@ def build_sd(path: Path, config: ModelConfig, dtype: str = "float32") -> ImagePr
 
 def why_incomplete(tensors: dict, sizes: tuple) -> str:
     """One line on a file in which a part of SD-1.5 with its adapter was not found."""
-    if any(name.startswith("conditioner.") for name in tensors):
+    if is_sdxl(tensors):
         return "is an SDXL checkpoint, expected SD-1.5; use image_variation_sdxl.py"
     if "model.diffusion_model.input_blocks.1.0.in_layers.0.weight" in tensors:
         return "is an original torch checkpoint, expected a merged one; run tools/merge_ckpts_sd.py --sd on it"

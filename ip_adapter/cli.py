@@ -11,18 +11,26 @@ from typing import Callable
 
 from ip_adapter.config import ROOT, InferenceConfig, load_config
 from ip_adapter.demo import demo_checkpoint
-from ldm.device import default_dtype, default_mode, start_device
+from ldm.device import default_dtype, start_device
 from ldm.errors import UserError
 
 VERSIONS = {"1.5": "sd_v15.yaml", "demo": "sd_demo.yaml"}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends the default where there is one and the help does not explain it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False or "(default: " in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with whole flag names only, defaults in the help, and one-line errors that know the nearest flag."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help)
 
     def error(self, message: str):
         """Print one line and leave with status 2."""
@@ -50,13 +58,6 @@ def in_range(kind: type, low: float, high: float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {low} to {high}")
         return value
     return parse
-
-
-def boolean(text: str) -> bool:
-    """An argparse type: true or false, yes or no, 1 or 0."""
-    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() in ("true", "yes", "1")
 
 
 def multiple_of_8(text: str) -> int:
@@ -111,7 +112,7 @@ def inference_parser(description: str, version: str, config: InferenceConfig) ->
         help="denoising steps")
     add("--H", type=multiple_of_8, default=s.H, help="height in pixels, a multiple of 8")
     add("--W", type=multiple_of_8, default=s.W, help="width in pixels, a multiple of 8")
-    add("--n_samples", "--num_cols", "--ncols", type=in_range(int, 1, 1000), default=None,
+    add("--n_samples", "--num_cols", "--ncols", type=in_range(int, 1, 1000),
         help=f"pictures made together in one trial (default: {s.n_samples}, or as many as --latents holds)")
     add("--n_iter", "--num_trials", type=in_range(int, 1, 100000), default=s.n_iter, help="trials for each prompt")
     add("--latents", type=existing_file, help=".npy with the starting noise (n, 4, H/8, W/8) float32 of unit "
@@ -119,14 +120,14 @@ def inference_parser(description: str, version: str, config: InferenceConfig) ->
     add("--config", help="YAML file with the defaults of all this (default: by --version)")
     add("--version", choices=sorted(VERSIONS), default=version, help="which model: Stable Diffusion 1.5, or the demo "
                                                                    "model that needs no download")
-    add("--ckpt_path", "--weight", type=existing_file, default=argparse.SUPPRESS,
+    add("--ckpt_path", "--weight", type=existing_file,
         help=f"merged checkpoint (default: {' or '.join(config.ckpt_path) or 'the demo model'})")
-    add("--device_target", choices=["Ascend", "CPU"], default=argparse.SUPPRESS,
+    add("--device_target", choices=["Ascend", "CPU"],
         help="where to run (default: Ascend if there is one, else CPU)")
-    add("--ms_mode", type=int, choices=[0, 1], default=argparse.SUPPRESS,
+    add("--ms_mode", type=int, choices=[0, 1],
         help="0: compiled graphs, 1: PyNative (default: 0 on Ascend, 1 on the CPU, where compiling takes longer "
              "than it saves)")
-    add("--dtype", choices=["float16", "float32"], default=argparse.SUPPRESS,
+    add("--dtype", choices=["float16", "float32"],
         help="precision of the networks (default: float16 on Ascend, float32 on the CPU)")
     add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="how much is said")
     add("--output_path", "--save_path", type=Path, default=Path(config.output_path), help="output folder")
@@ -141,7 +142,7 @@ def default_weights(args: argparse.Namespace, config: InferenceConfig) -> Path:
     Raises:
         UserError: neither flag nor file.
     """
-    if hasattr(args, "ckpt_path"):
+    if args.ckpt_path:
         return args.ckpt_path
     if not config.ckpt_path:
         return demo_checkpoint()
@@ -166,11 +167,10 @@ def start_logging(level: str = "info") -> None:
 
 
 def start(args: argparse.Namespace) -> None:
-    """Set up logging, device and mode; fills in `device_target`, `ms_mode` and `dtype` where no flag did."""
+    """Set up logging, device and mode; fills in `dtype` where no flag did."""
     start_logging(args.log_level)
-    args.device_target = start_device(getattr(args, "device_target", None), getattr(args, "ms_mode", None))
-    args.ms_mode = default_mode() if not hasattr(args, "ms_mode") else args.ms_mode
-    args.dtype = getattr(args, "dtype", None) or default_dtype()
+    start_device(args.device_target, args.ms_mode)
+    args.dtype = args.dtype or default_dtype()
 
 
 def execute(main: Callable[[], None]) -> None:

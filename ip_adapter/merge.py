@@ -22,7 +22,7 @@ from ip_adapter.names import (
 )
 from ip_adapter.patch import patch_cross_attention, transformer_blocks
 from ip_adapter.pictures import write_sha256
-from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
+from ldm.architecture import autoencoder_config, image_config, is_sdxl, text_config, unet_config
 from ldm.checkpoint import Layout, Part, View, best_layout, check, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint, write_checkpoint
 from ldm.modules.autoencoder import AutoencoderKL
@@ -53,26 +53,36 @@ def write_plan(out, planned: dict, description: str) -> int:
 
 
 def sd_base(file: CheckpointFile, flag: str) -> tuple:
-    """The networks of an SD-1.5 base file and where they are in it.
+    """The networks of an SD-1.5 base file and where they are in it, checked.
 
     Returns:
-        A patched UNet, autoencoder and text encoder (none of them initialised), and the file's three layouts.
+        A patched UNet and an autoencoder (not initialised), and the parts UNet without image attention, autoencoder
+        and text encoder, in the order of SD15_MINDSPORE.
     """
     probe = ("input_blocks.1.0.in_layers.0.gamma", "input_blocks.1.0.in_layers.2.weight")
     layouts = SD15_TORCH if best_layout(file.tensors, probe, (UNET_SD15, UNET_TORCH)) is UNET_TORCH else SD15_MINDSPORE
-    unet, vae = View(file.tensors, layouts[0]), View(file.tensors, layouts[1])
+    views = [View(file.tensors, layout) for layout in layouts]
     # Head counts and activations change no shape, so any will do for naming.
-    text = View(file.tensors, layouts[2])
-    sizes = unet_config(unet, num_heads=8), autoencoder_config(vae), text_config(text, "quick_gelu")
+    sizes = unet_config(views[0], num_heads=8), autoencoder_config(views[1]), text_config(views[2], "quick_gelu")
     if None in sizes:
-        xl = any(name.startswith("conditioner.") for name in file.tensors)
-        family = "an SDXL file" if xl else "not a whole SD-1.5 model"
+        family = "an SDXL file" if is_sdxl(file.tensors) else "not a whole SD-1.5 model"
         raise CheckpointError(f"{flag} {file.path}: is {family}, expected sd_v1.5-d0ab7146.ckpt or "
                               "v1-5-pruned-emaonly.safetensors")
     with no_init_parameters():
-        cells = UNetModel(sizes[0]), AutoencoderKL(sizes[1]), CLIPTextTransformer(sizes[2])
-        patch_cross_attention(cells[0])
-    return cells, layouts
+        unet, autoencoder, text = UNetModel(sizes[0]), AutoencoderKL(sizes[1]), CLIPTextTransformer(sizes[2])
+        patch_cross_attention(unet)
+    shapes = parameter_shapes(unet, TEXT_ONLY), parameter_shapes(autoencoder), parameter_shapes(text)
+    parts = [Part(shape, file, layout) for shape, layout in zip(shapes, layouts)]
+    check(parts)
+    return unet, autoencoder, parts
+
+
+def plan_base(parts: list, dtype: str | None) -> dict:
+    """How the parts of `sd_base` are written under MindSpore names."""
+    planned = {}
+    for part, target in zip(parts, SD15_MINDSPORE):
+        planned.update(plan(part, target, dtype))
+    return planned
 
 
 def merge_sd(sd, open_clip_vit, ip_adapter, vae, out, skip_ip: bool = False, dtype: str = "float32") -> int:
@@ -95,23 +105,17 @@ def merge_sd(sd, open_clip_vit, ip_adapter, vae, out, skip_ip: bool = False, dty
     """
     with ExitStack() as stack:
         base = stack.enter_context(open_checkpoint(sd))
-        (unet, autoencoder, text), layouts = sd_base(base, "--sd")
-        planned = {}
-
-        base_parts = [Part(parameter_shapes(unet, TEXT_ONLY), base, layouts[0]),
-                      Part(parameter_shapes(autoencoder), base, layouts[1]),
-                      Part(parameter_shapes(text), base, layouts[2])]
-        check(base_parts)
+        unet, autoencoder, parts = sd_base(base, "--sd")
         if vae is not None:
-            base_parts[1] = vae_part(stack.enter_context(open_checkpoint(vae)), autoencoder)
-        for part, target in zip(base_parts, SD15_MINDSPORE):
-            planned.update(plan(part, target, dtype))
+            parts[1] = vae_part(stack.enter_context(open_checkpoint(vae)), autoencoder)
+        planned = plan_base(parts, dtype)
 
         encoder, encoder_part = image_encoder_part(stack.enter_context(open_checkpoint(open_clip_vit)))
         planned.update(plan(encoder_part, image_encoder_mindspore(EMBEDDER_SD15), dtype))
 
         if skip_ip:
-            start = Layout(layouts[0].prefix, ((r"\.to_([kv])_ip\.", r".to_\1."),) + layouts[0].renames)
+            text = parts[0].layout
+            start = Layout(text.prefix, ((r"\.to_([kv])_ip\.", r".to_\1."),) + text.renames)
             planned.update(plan(Part(parameter_shapes(unet, IMAGE_ATTENTION), base, start), UNET_SD15, dtype))
         else:
             adapter = stack.enter_context(open_checkpoint(ip_adapter))
@@ -188,11 +192,5 @@ def convert_sd(source, out, dtype: str | None = None) -> int:
         How many tensors were written.
     """
     with open_checkpoint(source) as file:
-        (unet, autoencoder, text), layouts = sd_base(file, "--source")
-        shapes = parameter_shapes(unet, TEXT_ONLY), parameter_shapes(autoencoder), parameter_shapes(text)
-        parts = [Part(shape, file, layout) for shape, layout in zip(shapes, layouts)]
-        check(parts)
-        planned = {}
-        for part, target in zip(parts, SD15_MINDSPORE):
-            planned.update(plan(part, target, dtype))
-        return write_plan(out, planned, "converting")
+        _, _, parts = sd_base(file, "--source")
+        return write_plan(out, plan_base(parts, dtype), "converting")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import time
 from dataclasses import dataclass
@@ -103,6 +104,11 @@ class Run:
             save_png(folder, grid(inputs, pictures), settings, "grid-{:05d}.png")
         self.made += len(pictures)
 
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Fingerprint of the checkpoint; taken once, for beside a file in a read-only folder it cannot be noted."""
+        return file_sha256(self.weights)
+
     def settings(self, prompt: str, negative: str, seed: int) -> dict:
         """What repeats a picture, as text metadata."""
         a = self.args
@@ -110,7 +116,7 @@ class Run:
         return {"prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": a.sampling_steps,
                 "guidance_scale": a.scale, "ip_scale": a.ip_scale, "sampler": "DDIM", "size": f"{a.W}x{a.H}",
                 "img": a.img, **own, "model": self.name, "weights": self.weights.name,
-                "weights_sha256": file_sha256(self.weights), "dtype": a.dtype,
+                "weights_sha256": self.weights_sha256, "dtype": a.dtype,
                 "program": f"IP-Adapter on MindSpore {__version__}"}
 
     def report(self) -> None:

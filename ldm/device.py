@@ -17,15 +17,12 @@ from ldm.errors import UserError  # noqa: E402
 DTYPES = {"float16": ms.float16, "float32": ms.float32}
 
 
-def start_device(device_target: str | None = None, ms_mode: int | None = None) -> str:
+def start_device(device_target: str | None = None, ms_mode: int | None = None) -> None:
     """Choose the device and the execution mode for this process.
 
     Args:
         device_target: "Ascend", "CPU", or None for Ascend if there is one, else the CPU.
         ms_mode: 0 compiles networks into graphs, 1 runs operator by operator (PyNative), None is `default_mode()`.
-
-    Returns:
-        The device in use, "Ascend" or "CPU".
 
     Raises:
         UserError: the device does not exist here.
@@ -42,7 +39,6 @@ def start_device(device_target: str | None = None, ms_mode: int | None = None) -
         # Asynchronous launches gain nothing where host and device are the same cores: the two threads take them
         # from each other, and an operator costs 4 ms (a time slice) instead of 50 us.
         ms.runtime.launch_blocking()
-    return target
 
 
 def on_ascend() -> bool:

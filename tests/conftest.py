@@ -12,6 +12,7 @@ from PIL import Image
 from ip_adapter.cli import execute
 from ip_adapter.merge import merge_sd
 from ip_adapter.standins import write_sd_standins
+from ldm.checkpoint_file import open_checkpoint
 from ldm.device import start_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,12 @@ def shell(*words, cwd) -> subprocess.CompletedProcess:
     """Run a command in a process of its own, with this Python."""
     words = [sys.executable if word == "python" else str(word) for word in words]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def arrays(path) -> dict:
+    """All tensors of a checkpoint file."""
+    with open_checkpoint(path) as file:
+        return {name: file.read(name) for name in file.tensors}
 
 
 def reference() -> dict:

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from ldm.checkpoint_file import open_checkpoint, save_arrays
-from tests.conftest import DATA, ROOT, shell
+from ldm.checkpoint_file import save_arrays
+from tests.conftest import DATA, ROOT, arrays, shell
 
 pytestmark = pytest.mark.slow
 
@@ -31,8 +31,7 @@ def workplace(standins, merged, tmp_path_factory):
     shutil.copytree(standins["sd"].parent, models)
     (folder / "assets").mkdir()
     shutil.copy(DATA / "input.png", folder / "assets" / "woman.png")
-    with open_checkpoint(merged) as file:
-        adapter = {name: file.read(name) for name in file.tensors if "_ip." in name or "image_proj" in name}
+    adapter = {name: value for name, value in arrays(merged).items() if "_ip." in name or "image_proj" in name}
     save_arrays(folder / "runs" / "ckpt" / "sd-2000.ckpt", adapter)
     for name in ("tools", "image_variation_sd.py"):
         (folder / name).symlink_to(ROOT / name)

@@ -20,8 +20,8 @@ def main(argv: list | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--source", required=True, help="the original .safetensors")
     parser.add_argument("--out", required=True, help="file to write, .ckpt or .safetensors")
-    parser.add_argument("--dtype", choices=["float32", "float16"], default=None, help="precision of what is written; "
-                        "that of the source if not given")
+    parser.add_argument("--dtype", choices=["float32", "float16"],
+                        help="precision of what is written (default: that of the source)")
     args = parser.parse_args(argv)
     start_logging()
     logging.info("%d tensors converted into %s", convert_sd(args.source, args.out, args.dtype), args.out)

@@ -11,7 +11,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
-from ldm.modules.layers import GroupNorm, LayerNorm, Linear
+from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
 
 # Largest score matrix held at a time where there is no fused operator, in elements (64 MiB of float32).
 SCORE_ELEMENTS = 1 << 24
@@ -131,13 +131,10 @@ class GEGLU(nn.Cell):
         super().__init__()
         self.inner = inner
         self.proj = Linear(dim, 2 * inner, dtype=dtype)
-        self.erf = ops.Erf()
 
     def construct(self, x: Tensor) -> Tensor:
         y, gate = ops.split(self.proj(x), self.inner, -1)
-        # ops.gelu(approximate="none") divides and takes three passes more; this is the same function.
-        gate = gate * math.sqrt(0.5)
-        return y * gate * (self.erf(gate) * math.sqrt(0.5) + math.sqrt(0.5))
+        return y * gelu(gate)
 
 
 class FeedForward(nn.Cell):

@@ -12,7 +12,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 
 from ldm.modules.attention import Attention
-from ldm.modules.layers import Conv2d, LayerNorm, Linear
+from ldm.modules.layers import Conv2d, LayerNorm, Linear, gelu
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class MLP(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
-        x = x * ops.sigmoid(1.702 * x) if self.quick else ops.gelu(x, approximate="none")
+        x = x * ops.sigmoid(1.702 * x) if self.quick else gelu(x)
         return self.c_proj(x)
 
 

@@ -9,13 +9,7 @@ from ip_adapter.config import ModelConfig
 from ip_adapter.merge import convert_sd, merge_sd
 from ip_adapter.standins import DEMO, write_sd_standins
 from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
-from tests.conftest import DATA
-
-
-def arrays(path) -> dict:
-    """All tensors of a file."""
-    with open_checkpoint(path) as file:
-        return {name: file.read(name) for name in file.tensors}
+from tests.conftest import DATA, arrays
 
 
 def manifest_names(name: str) -> set:
