@@ -4,38 +4,23 @@ python image_variation_sd.py --img photo.jpg --prompt "wearing a hat" --ip_scale
 """
 from __future__ import annotations
 
-from ip_adapter.build import build_sd
-from ip_adapter.cli import config_from, default_weights, execute, existing_file, inference_parser, start
-from ip_adapter.config import ROOT
-from ip_adapter.preprocess import open_image
-from ip_adapter.run import Run
+from ip_adapter.cli import config_from, execute, inference_parser, start
+from ip_adapter.inputs import open_inputs
+from ip_adapter.run import open_run
 from ldm.ddim import sample_ddim
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import leading_timesteps
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, make the pictures."""
     version, config = config_from(argv)
-    parser = inference_parser(__doc__, version, config)
-    parser.add_argument("--img", type=existing_file, required=not config.img,
-                        default=ROOT / config.img if config.img else None, help="the picture to vary")
-    args = parser.parse_args(argv)
+    args = inference_parser(__doc__, version, config).parse_args(argv)
     start(args)
 
-    image = open_image(args.img)
-    weights = default_weights(args, config)
-    run = Run(args, config.name, weights)
-    model = build_sd(weights, config.model, args.dtype)
-    model.set_ip_scale(args.ip_scale)
-    schedule = NoiseSchedule(config.model.beta_start, config.model.beta_end)
-
-    image_tokens = model.image_tokens(image)
-    for batch in run.batches():
-        cond, uncond = model.condition(batch.prompts, batch.negative_prompts, image_tokens)
-        denoise = model.diffusion.denoiser(cond, uncond, args.scale)
-        latents = run.sample(sample_ddim(denoise, batch.noise, args.sampling_steps, schedule), args.sampling_steps)
-        run.save(model.diffusion.decode(latents), batch, [image])
-    run.report()
+    inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps)
+    run, model = open_run(args, config)
+    schedule = model.diffusion.schedule
+    run.make(model, inputs, timesteps, lambda denoise, noise: sample_ddim(denoise, noise, timesteps, schedule))
 
 
 if __name__ == "__main__":

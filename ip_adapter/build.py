@@ -1,29 +1,33 @@
 """From a merged checkpoint to a model that is ready to run."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from mindspore import Tensor, ops
 from mindspore.nn.utils import no_init_parameters
 from PIL import Image
 
 from ip_adapter.config import ModelConfig
 from ip_adapter.image_prompt import ImageProjModel, IPAdapterImageEmbedder, image_proj_config
-from ip_adapter.names import EMBEDDER_SD15, image_encoder_mindspore, image_proj_mindspore
+from ip_adapter.inputs import Hint
+from ip_adapter.names import EMBEDDER_SD15, IMAGE_ATTENTION, TEXT_ONLY, image_encoder_mindspore, image_proj_mindspore
+from ip_adapter.parts import controlnet_part, find_adapter, vae_part
 from ip_adapter.patch import patch_cross_attention, set_ip_scale
-from ip_adapter.preprocess import clip_pixels
+from ip_adapter.preprocess import clip_pixels, hint_pixels
 from ldm.architecture import autoencoder_config, image_config, is_sdxl, text_config, unet_config
 from ldm.checkpoint import Part, View, check, load, parameter_shapes
-from ldm.checkpoint_file import CheckpointError, open_checkpoint
+from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint
 from ldm.device import DTYPES
-from ldm.model import LatentDiffusion
+from ldm.model import Control, LatentDiffusion
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPImageTransformer, CLIPTextTransformer
 from ldm.modules.unet import UNetModel
-from ldm.names import TEXT_SD15, UNET_SD15, VAE_MINDSPORE
-
-CONTROLNET = r"^model\.diffusion_model\.controlnet\."
+from ldm.names import CONTROLNET_PREFIX, TEXT_SD15, UNET_SD15, VAE_MINDSPORE
+from ldm.schedule import NoiseSchedule
 
 
 @dataclass
@@ -55,48 +59,94 @@ class ImagePromptModel:
             sides.append(ops.concat((text, ops.broadcast_to(tokens, (len(texts),) + tokens.shape[1:])), 1))
         return tuple(sides)
 
+    def controls(self, hints: list[Hint], timesteps: np.ndarray) -> list[Control]:
+        """Hints, one for each ControlNet, as the denoiser takes them: once a run is enough.
+
+        Args:
+            hints: pictures at the size of the output, and how they act.
+            timesteps: those of the sampler.
+        """
+        return [Control(controlnet.embed_hint(Tensor(hint_pixels(hint.picture))), hint.scale, hint.acting(timesteps))
+                for controlnet, hint in zip(self.diffusion.controlnets, hints)]
+
     def set_ip_scale(self, scale: float) -> None:
         """Set the weight of the image prompt; 0 equals plain text-to-image."""
         set_ip_scale(self.diffusion.unet, scale)
 
 
-def build_sd(path: Path, config: ModelConfig, dtype: str = "float32") -> ImagePromptModel:
-    """Build SD-1.5 with its IP-Adapter from one merged file; peak memory is the networks and one tensor.
+@dataclass
+class ExtraParts:
+    """Files that stand in for parts of the merged one, or add to it.
+
+    Attributes:
+        ip_adapter: published or finetuned adapter, or None.
+        vae: autoencoder, or None.
+        controlnets: one for each hint; None stands for the merged file's own.
+    """
+
+    ip_adapter: Path | None = None
+    vae: Path | None = None
+    controlnets: list[Path | None] = field(default_factory=list)
+
+
+def build_sd(path: Path, config: ModelConfig, dtype: str = "float32",
+             extra: ExtraParts = ExtraParts()) -> ImagePromptModel:
+    """Build SD-1.5 with its IP-Adapter and ControlNets; peak memory is the networks and one tensor.
 
     Args:
-        path: merged checkpoint (tools/merge_ckpts_sd.py), with or without a ControlNet.
+        path: merged checkpoint (tools/merge_ckpts_sd.py).
         config: what its tensors do not tell.
         dtype: "float32" or "float16".
+        extra: files that take the place of parts of it.
 
     Raises:
-        CheckpointError: the file does not hold exactly what is needed.
+        CheckpointError: a file does not hold exactly what is needed.
     """
-    with open_checkpoint(path) as file:
-        tensors, kind = file.tensors, DTYPES[dtype]
-        encoder_layout, proj_layout = image_encoder_mindspore(EMBEDDER_SD15), image_proj_mindspore(EMBEDDER_SD15)
-        sizes = (
-            unet_config(View(tensors, UNET_SD15), config.num_heads, config.num_head_channels),
-            autoencoder_config(View(tensors, VAE_MINDSPORE)),
-            text_config(View(tensors, TEXT_SD15), config.text_activation),
-            image_config(View(tensors, encoder_layout), config.image_heads),
-            image_proj_config(View(tensors, proj_layout)),
-        )
-        if None in sizes:
-            raise CheckpointError(f"--ckpt_path {path}: {why_incomplete(tensors, sizes)}")
+    kind = DTYPES[dtype]
+    with ExitStack() as stack:
+        def opened(file) -> CheckpointFile:
+            return stack.enter_context(open_checkpoint(file))
+
+        base = opened(path)
+        encoder_layout = image_encoder_mindspore(EMBEDDER_SD15)
+        proj_layout = image_proj_mindspore(EMBEDDER_SD15)
+        unet_size = unet_config(View(base.tensors, UNET_SD15), config.num_heads, config.num_head_channels)
+        vae_size = autoencoder_config(View(base.tensors, VAE_MINDSPORE))
+        text_size = text_config(View(base.tensors, TEXT_SD15), config.text_activation)
+        image_size = image_config(View(base.tensors, encoder_layout), config.image_heads)
+        has_adapter = extra.ip_adapter or image_proj_config(View(base.tensors, proj_layout))
+        if None in (unet_size, vae_size, text_size, image_size, has_adapter):
+            sizes = (unet_size, vae_size, text_size, image_size, has_adapter)
+            raise CheckpointError(f"--ckpt_path {path}: {why_incomplete(base.tensors, sizes)}")
+
+        adapter = opened(extra.ip_adapter) if extra.ip_adapter else base
         with no_init_parameters():
-            unet = UNetModel(sizes[0], kind)
-            patch_cross_attention(unet, sizes[4].num_tokens)
-            cells = (unet, AutoencoderKL(sizes[1], kind), CLIPTextTransformer(sizes[2], kind),
-                     CLIPImageTransformer(sizes[3], kind), ImageProjModel(sizes[4], kind))
-        layouts = (UNET_SD15, VAE_MINDSPORE, TEXT_SD15, encoder_layout, proj_layout)
-        parts = [Part(parameter_shapes(cell), file, layout) for cell, layout in zip(cells, layouts)]
-        check(parts, allowed=CONTROLNET)
-        for cell, part in zip(cells, parts):
+            unet = UNetModel(unet_size, kind)
+            proj_size, attention_layout, proj_layout = find_adapter(adapter, unet, image_size.embed_dim)
+            patch_cross_attention(unet, proj_size.num_tokens)
+            vae, text = AutoencoderKL(vae_size, kind), CLIPTextTransformer(text_size, kind)
+            encoder, proj = CLIPImageTransformer(image_size, kind), ImageProjModel(proj_size, kind)
+        networks = [
+            (unet, Part(parameter_shapes(unet, TEXT_ONLY), base, UNET_SD15)),
+            (unet, Part(parameter_shapes(unet, IMAGE_ATTENTION), adapter, attention_layout)),
+            (vae, Part(parameter_shapes(vae), base, VAE_MINDSPORE)),
+            (text, Part(parameter_shapes(text), base, TEXT_SD15)),
+            (encoder, Part(parameter_shapes(encoder), base, encoder_layout)),
+            (proj, Part(parameter_shapes(proj), adapter, proj_layout)),
+        ]
+        # Parts of the merged file that another file stands in for are not read, nor are ControlNets nobody asked for.
+        check([part for _, part in networks], allowed="|".join([re.escape(CONTROLNET_PREFIX)]
+              + [rf"{IMAGE_ATTENTION}|^{re.escape(EMBEDDER_SD15)}image_proj\."] * (adapter is not base)))
+        if extra.vae:
+            vae, part = vae_part(opened(extra.vae), kind)
+            networks[2] = (vae, part)
+        controlnets = [controlnet_part(opened(file) if file else base, unet_size, kind) for file in extra.controlnets]
+        for cell, part in networks + controlnets:
             load(cell, part)
-    for cell in cells:
-        cell.set_train(False)
-    diffusion = LatentDiffusion(unet, cells[1], cells[2], config.scale_factor)
-    return ImagePromptModel(diffusion, IPAdapterImageEmbedder(cells[3], cells[4]))
+            cell.set_train(False)
+    schedule = NoiseSchedule(config.beta_start, config.beta_end)
+    diffusion = LatentDiffusion(unet, vae, text, schedule, config.scale_factor, [cell for cell, _ in controlnets])
+    return ImagePromptModel(diffusion, IPAdapterImageEmbedder(encoder, proj))
 
 
 def why_incomplete(tensors: dict, sizes: tuple) -> str:

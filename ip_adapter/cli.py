@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Callable
 
+from ip_adapter.build import ExtraParts
 from ip_adapter.config import ROOT, InferenceConfig, load_config
 from ip_adapter.demo import demo_checkpoint
 from ldm.device import default_dtype, start_device
@@ -69,6 +70,13 @@ def multiple_of_8(text: str) -> int:
     return size
 
 
+def boolean(text: str) -> bool:
+    """An argparse type: True or False, as YAML and Python spell them."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
 def existing_file(text: str) -> Path:
     """An argparse type: a file that is there."""
     path = Path(text)
@@ -94,11 +102,25 @@ def config_from(argv: list | None) -> tuple:
     return args.version, load_config(InferenceConfig, path)
 
 
-def inference_parser(description: str, version: str, config: InferenceConfig) -> Parser:
-    """The flags all inference scripts share, with their defaults from `config`; scripts add their own."""
+def add_picture(parser: argparse.ArgumentParser, flag: str, default: str, text: str) -> None:
+    """A flag that names a picture, required unless the configuration has one."""
+    parser.add_argument(flag, type=existing_file, required=not default, help=text,
+                        default=ROOT / default if default else None)
+
+
+def inference_parser(description: str, version: str, config: InferenceConfig, controlled: bool = False) -> Parser:
+    """The flags all inference scripts share, with their defaults from `config`; scripts add their own.
+
+    Args:
+        description: what the script does.
+        version: the name of the model.
+        config: the defaults.
+        controlled: whether a ControlNet is what the script is for, not an addition.
+    """
     s, parser = config.sampling, Parser(description)
-    parser.set_defaults(default_samples=s.n_samples)
+    parser.set_defaults(default_samples=s.n_samples, default_size=(s.W, s.H), default_control_scale=s.control_scale)
     add = parser.add_argument
+    add_picture(parser, "--img", config.img, "the picture that serves as a prompt")
     add("--prompt", default=s.prompt, help="what the picture should show")
     add("--negative_prompt", default=s.negative_prompt, help="what it should not show")
     add("--data_path", type=existing_file, help="text file with one prompt a line, instead of --prompt")
@@ -110,8 +132,9 @@ def inference_parser(description: str, version: str, config: InferenceConfig) ->
     add("--seed", type=in_range(int, 0, 2**63), default=s.seed, help="picture n is made from seed + n")
     add("--sampling_steps", "--sample_step", type=in_range(int, 1, 1000), default=s.sampling_steps,
         help="denoising steps")
-    add("--H", type=multiple_of_8, default=s.H, help="height in pixels, a multiple of 8")
-    add("--W", type=multiple_of_8, default=s.W, help="width in pixels, a multiple of 8")
+    size = "in pixels, a multiple of 8 (default: that of --ref_img; or"
+    add("--H", type=multiple_of_8, help=f"height {size} {s.H}, with a hint in its proportions)")
+    add("--W", type=multiple_of_8, help=f"width {size} {s.W}, with a hint in its proportions)")
     add("--n_samples", "--num_cols", "--ncols", type=in_range(int, 1, 1000),
         help=f"pictures made together in one trial (default: {s.n_samples}, or as many as --latents holds)")
     add("--n_iter", "--num_trials", type=in_range(int, 1, 100000), default=s.n_iter, help="trials for each prompt")
@@ -122,6 +145,9 @@ def inference_parser(description: str, version: str, config: InferenceConfig) ->
                                                                    "model that needs no download")
     add("--ckpt_path", "--weight", type=existing_file,
         help=f"merged checkpoint (default: {' or '.join(config.ckpt_path) or 'the demo model'})")
+    add("--ip_adapter", "--ip_adpater", type=existing_file,
+        help="adapter to use instead of the checkpoint's: published, or finetuned (sd-N.ckpt)")
+    add("--vae", type=existing_file, help="autoencoder to use instead of the checkpoint's")
     add("--device_target", choices=["Ascend", "CPU"],
         help="where to run (default: Ascend if there is one, else CPU)")
     add("--ms_mode", type=int, choices=[0, 1],
@@ -133,7 +159,45 @@ def inference_parser(description: str, version: str, config: InferenceConfig) ->
     add("--output_path", "--save_path", type=Path, default=Path(config.output_path), help="output folder")
     add("--skip_save", action="store_true", help="do not write the single pictures")
     add("--skip_grid", action="store_true", help="do not write the grid")
+    add_control_flags(parser, config, controlled)
     return parser
+
+
+def add_control_flags(parser: Parser, config: InferenceConfig, required: bool) -> None:
+    """The flags of ControlNets. Each may be repeated, once for every hint; given once, it holds for all."""
+    default = config.control_image if required else ""
+    add = parser.add_argument_group("ControlNet", "Flags may be repeated, one for each hint.").add_argument
+    add("--control_image", "--control_img", type=existing_file, action="append", required=required and not default,
+        help="hint: the picture a ControlNet follows" + (f" (default: {default})" if default else ""))
+    add("--controlnet", type=existing_file, action="append", default=[],
+        help="file of the hint's ControlNet, diffusers' or original layout (default: the checkpoint's own; it is "
+             "the first hint's if there is one hint more than files)")
+    add("--control_scale", type=in_range(float, 0, 10), action="append", default=[],
+        help=f"how strongly the hint is followed (default: {config.sampling.control_scale})")
+    add("--control_start", type=in_range(float, 0, 1), action="append", default=[],
+        help="fraction of the steps before the ControlNet acts (default: 0)")
+    add("--control_end", type=in_range(float, 0, 1), action="append", default=[],
+        help="fraction of the steps after which it no longer acts (default: 1)")
+    add("--canny", type=in_range(int, 0, 10000), nargs=2, metavar=("LOW", "HIGH"), action="append", default=[],
+        help="make the hint from the edges of the picture, between these thresholds, such as 100 200 "
+             "(default: 0 0, the picture is the hint)")
+    parser.set_defaults(default_hints=[ROOT / default] if default else [])
+
+
+def extra_parts(args: argparse.Namespace) -> ExtraParts:
+    """The files that stand in for parts of the checkpoint, a ControlNet for each hint.
+
+    Raises:
+        UserError: hints and ControlNets are not equally many.
+    """
+    hints, files = len(args.control_image), len(args.controlnet)
+    if files > hints:
+        raise UserError(f"--controlnet is given {files} times, --control_image {hints} times; "
+                        "every ControlNet needs a hint")
+    if hints - files > 1:
+        raise UserError(f"--control_image is given {hints} times, --controlnet {files} times; the checkpoint's own "
+                        "ControlNet serves one hint only, give --controlnet for the others")
+    return ExtraParts(args.ip_adapter, args.vae, [None] * (hints - files) + args.controlnet)
 
 
 def default_weights(args: argparse.Namespace, config: InferenceConfig) -> Path:
@@ -167,10 +231,11 @@ def start_logging(level: str = "info") -> None:
 
 
 def start(args: argparse.Namespace) -> None:
-    """Set up logging, device and mode; fills in `dtype` where no flag did."""
+    """Set up logging, device and mode; fills in `dtype` and `control_image` where no flag did."""
     start_logging(args.log_level)
     start_device(args.device_target, args.ms_mode)
     args.dtype = args.dtype or default_dtype()
+    args.control_image = args.control_image or args.default_hints  # argparse would append to a default
 
 
 def execute(main: Callable[[], None]) -> None:

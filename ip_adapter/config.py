@@ -48,6 +48,7 @@ class SamplingConfig:
     sampling_steps: int = 50
     scale: float = 7.5
     ip_scale: float = 1.0
+    control_scale: float = 1.0
     H: int = 512
     W: int = 512
     n_samples: int = 4
@@ -64,7 +65,10 @@ class InferenceConfig:
         model: what the tensors do not tell.
         sampling: defaults of flags.
         ckpt_path: candidates for the merged checkpoint; the first that exists is the default.
-        img: default picture, empty for none.
+        img: default picture, empty for none; so the next three.
+        ref_img: default reference.
+        ref_mask: default mask.
+        control_image: default hint of a ControlNet.
         output_path: default output folder.
     """
 
@@ -73,6 +77,9 @@ class InferenceConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     ckpt_path: Tuple[str, ...] = ()
     img: str = ""
+    ref_img: str = ""
+    ref_mask: str = ""
+    control_image: str = ""
     output_path: str = "outputs/demo/SD"
 
 

@@ -17,7 +17,7 @@ def demo_checkpoint(folder: Path = ROOT / "checkpoints" / "demo") -> Path:
 
     Its weights are seeded stand-ins for now, so its pictures are noise; that is said in one line.
     """
-    path = folder / "sd_demo_ip_adapter.ckpt"
+    path = folder / "sd_demo.ckpt"
     if not path.exists():
         with tempfile.TemporaryDirectory() as parts:
             merge_sd(**write_sd_standins(Path(parts)), out=path)

@@ -10,27 +10,18 @@ from pathlib import Path
 from mindspore.nn.utils import no_init_parameters
 from tqdm import tqdm
 
-from ip_adapter.image_prompt import ImageProjModel, image_proj_config
-from ip_adapter.names import (
-    EMBEDDER_SD15,
-    IMAGE_ATTENTION,
-    IMAGE_ENCODER_TORCH,
-    IMAGE_PROJ_TORCH,
-    image_attention_torch,
-    image_encoder_mindspore,
-    image_proj_mindspore,
-)
-from ip_adapter.patch import patch_cross_attention, transformer_blocks
+from ip_adapter.image_prompt import ImageProjModel
+from ip_adapter.names import EMBEDDER_SD15, IMAGE_ATTENTION, TEXT_ONLY, image_encoder_mindspore, image_proj_mindspore
+from ip_adapter.parts import controlnet_part, find_adapter, image_encoder_part, vae_part
+from ip_adapter.patch import patch_cross_attention
 from ip_adapter.pictures import write_sha256
-from ldm.architecture import autoencoder_config, image_config, is_sdxl, text_config, unet_config
+from ldm.architecture import autoencoder_config, is_sdxl, text_config, unet_config
 from ldm.checkpoint import Layout, Part, View, best_layout, check, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint, write_checkpoint
 from ldm.modules.autoencoder import AutoencoderKL
-from ldm.modules.clip import CLIPImageTransformer, CLIPTextTransformer
+from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.unet import UNetModel
-from ldm.names import TEXT_SD15, TEXT_TORCH, UNET_SD15, UNET_TORCH, VAE_DIFFUSERS, VAE_MINDSPORE, VAE_TORCH
-
-TEXT_ONLY = r"^(?!.*\.to_[kv]_ip\.)"  # parameters of the UNet that are not image attention
+from ldm.names import CONTROLNET_SD15, TEXT_SD15, TEXT_TORCH, UNET_SD15, UNET_TORCH, VAE_MINDSPORE, VAE_TORCH
 
 # SD-1.5's base in its two spellings: UNet, autoencoder, text encoder.
 SD15_TORCH = (UNET_TORCH, VAE_TORCH, TEXT_TORCH)
@@ -56,8 +47,8 @@ def sd_base(file: CheckpointFile, flag: str) -> tuple:
     """The networks of an SD-1.5 base file and where they are in it, checked.
 
     Returns:
-        A patched UNet and an autoencoder (not initialised), and the parts UNet without image attention, autoencoder
-        and text encoder, in the order of SD15_MINDSPORE.
+        A patched UNet, not initialised, and the parts UNet without image attention, autoencoder and text encoder, in
+        the order of SD15_MINDSPORE.
     """
     probe = ("input_blocks.1.0.in_layers.0.gamma", "input_blocks.1.0.in_layers.2.weight")
     layouts = SD15_TORCH if best_layout(file.tensors, probe, (UNET_SD15, UNET_TORCH)) is UNET_TORCH else SD15_MINDSPORE
@@ -74,7 +65,7 @@ def sd_base(file: CheckpointFile, flag: str) -> tuple:
     shapes = parameter_shapes(unet, TEXT_ONLY), parameter_shapes(autoencoder), parameter_shapes(text)
     parts = [Part(shape, file, layout) for shape, layout in zip(shapes, layouts)]
     check(parts)
-    return unet, autoencoder, parts
+    return unet, parts
 
 
 def plan_base(parts: list, dtype: str | None) -> dict:
@@ -85,15 +76,17 @@ def plan_base(parts: list, dtype: str | None) -> dict:
     return planned
 
 
-def merge_sd(sd, open_clip_vit, ip_adapter, vae, out, skip_ip: bool = False, dtype: str = "float32") -> int:
-    """Merge SD-1.5, an image encoder, an adapter and an autoencoder into one file.
+def merge_sd(sd, open_clip_vit, ip_adapter, vae, out, controlnet=None, skip_ip: bool = False,
+             dtype: str = "float32") -> int:
+    """Merge SD-1.5, an image encoder, an adapter, an autoencoder and a ControlNet into one file.
 
     Args:
         sd: SD-1.5, MindSpore or original torch names.
         open_clip_vit: image encoder, Hugging Face names.
         ip_adapter: published adapter, or sd-N.ckpt of a finetuning; not read with `skip_ip`.
-        vae: autoencoder of diffusers, which takes the place of the one in `sd`; None keeps that.
+        vae: autoencoder, which takes the place of the one in `sd`; None keeps that.
         out: .ckpt or .safetensors to write.
+        controlnet: ControlNet, diffusers' or original names; None for none.
         skip_ip: leave the projector out and let to_k_ip and to_v_ip start as to_k and to_v, to train from scratch.
         dtype: "float32" or "float16".
 
@@ -104,80 +97,36 @@ def merge_sd(sd, open_clip_vit, ip_adapter, vae, out, skip_ip: bool = False, dty
         CheckpointError: a file is not what it should be, or two do not fit together.
     """
     with ExitStack() as stack:
-        base = stack.enter_context(open_checkpoint(sd))
-        unet, autoencoder, parts = sd_base(base, "--sd")
+        def opened(path) -> CheckpointFile:
+            return stack.enter_context(open_checkpoint(path))
+
+        base = opened(sd)
+        unet, parts = sd_base(base, "--sd")
         if vae is not None:
-            parts[1] = vae_part(stack.enter_context(open_checkpoint(vae)), autoencoder)
+            parts[1] = vae_part(opened(vae))[1]
         planned = plan_base(parts, dtype)
 
-        encoder, encoder_part = image_encoder_part(stack.enter_context(open_checkpoint(open_clip_vit)))
+        encoder, encoder_part = image_encoder_part(opened(open_clip_vit))
         planned.update(plan(encoder_part, image_encoder_mindspore(EMBEDDER_SD15), dtype))
 
+        attention = parameter_shapes(unet, IMAGE_ATTENTION)
         if skip_ip:
             text = parts[0].layout
             start = Layout(text.prefix, ((r"\.to_([kv])_ip\.", r".to_\1."),) + text.renames)
-            planned.update(plan(Part(parameter_shapes(unet, IMAGE_ATTENTION), base, start), UNET_SD15, dtype))
+            planned.update(plan(Part(attention, base, start), UNET_SD15, dtype))
         else:
-            adapter = stack.enter_context(open_checkpoint(ip_adapter))
-            attention, proj = adapter_parts(adapter, unet, encoder.config.embed_dim)
-            planned.update(plan(attention, UNET_SD15, dtype))
-            planned.update(plan(proj, image_proj_mindspore(EMBEDDER_SD15), dtype))
+            file = opened(ip_adapter)
+            size, attention_layout, proj_layout = find_adapter(file, unet, encoder.config.embed_dim)
+            with no_init_parameters():
+                proj = parameter_shapes(ImageProjModel(size))
+            adapter = Part(attention, file, attention_layout), Part(proj, file, proj_layout)
+            check(adapter)
+            planned.update(plan(adapter[0], UNET_SD15, dtype))
+            planned.update(plan(adapter[1], image_proj_mindspore(EMBEDDER_SD15), dtype))
+
+        if controlnet is not None:
+            planned.update(plan(controlnet_part(opened(controlnet), unet.config)[1], CONTROLNET_SD15, dtype))
         return write_plan(out, planned, "merging")
-
-
-def vae_part(file: CheckpointFile, autoencoder: AutoencoderKL) -> Part:
-    """An autoencoder file in either spelling, checked."""
-    paths = parameter_shapes(autoencoder)
-    part = Part(paths, file, best_layout(file.tensors, paths, VAE_DIFFUSERS + (VAE_MINDSPORE, VAE_TORCH)))
-    check([part], cause="--vae expects the autoencoder of diffusers, such as sd-vae-ft-mse")
-    return part
-
-
-def image_encoder_part(file: CheckpointFile) -> tuple:
-    """The image encoder in a Hugging Face file, not initialised, and its checked part."""
-    size = image_config(View(file.tensors, IMAGE_ENCODER_TORCH))
-    if size is None:
-        raise CheckpointError(f"--open_clip_vit {file.path}: holds no image encoder; expected "
-                              "IP-Adapter's image_encoder/model.safetensors")
-    with no_init_parameters():
-        encoder = CLIPImageTransformer(size)
-    part = Part(parameter_shapes(encoder), file, IMAGE_ENCODER_TORCH)
-    check([part])
-    return encoder, part
-
-
-def adapter_parts(file: CheckpointFile, unet: UNetModel, embed_dim: int, flag: str = "--ip_adapter") -> tuple:
-    """Image attention and projector of an adapter, published or finetuned, checked against UNet and encoder.
-
-    Raises:
-        CheckpointError: it is of another kind, or was trained with another image encoder or base model.
-    """
-    paths = [path for path, _ in transformer_blocks(unet)]
-    published = image_attention_torch(paths), IMAGE_PROJ_TORCH
-    finetuned = UNET_SD15, image_proj_mindspore(EMBEDDER_SD15)
-    shapes = parameter_shapes(unet, IMAGE_ATTENTION)
-    best = best_layout(file.tensors, shapes, (finetuned[0], published[0]))
-    attention, proj = published if best is published[0] else finetuned
-    size = image_proj_config(View(file.tensors, proj))
-    if size is None:
-        plus = any(name.startswith(("image_proj.latents", "image_proj.proj.0")) for name in file.tensors)
-        raise CheckpointError(f"{flag} {file.path}: " + (
-            "is a plus or full-face adapter; only the plain ones, with 4 tokens of the image embedding, are supported"
-            if plus else "holds no adapter; expected ip-adapter_sd15.safetensors or a finetuned sd-N.ckpt"))
-    encoders = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
-    if size.embed_dim != embed_dim:
-        trained = encoders.get(size.embed_dim, f"an encoder of width {size.embed_dim}")
-        given = encoders.get(embed_dim, f"of width {embed_dim}")
-        raise CheckpointError(f"{flag} {file.path}: this adapter was trained with {trained}; "
-                              f"the encoder given is {given}")
-    if size.context_dim != unet.config.context_dim:
-        raise CheckpointError(f"{flag} {file.path}: this adapter makes tokens of width {size.context_dim}, the UNet "
-                              f"takes {unet.config.context_dim}; it was trained for another base model")
-    with no_init_parameters():
-        model = ImageProjModel(size)
-    parts = Part(shapes, file, attention), Part(parameter_shapes(model), file, proj)
-    check(parts)
-    return parts
 
 
 def convert_sd(source, out, dtype: str | None = None) -> int:
@@ -192,5 +141,5 @@ def convert_sd(source, out, dtype: str | None = None) -> int:
         How many tensors were written.
     """
     with open_checkpoint(source) as file:
-        _, _, parts = sd_base(file, "--source")
+        _, parts = sd_base(file, "--source")
         return write_plan(out, plan_base(parts, dtype), "converting")

@@ -46,4 +46,6 @@ def image_attention_torch(block_paths: list) -> Layout:
                             for i, path in enumerate(block_paths)))
 
 
+# Parameters of a patched UNet: those an adapter brings, and all others.
 IMAGE_ATTENTION = r"\.to_[kv]_ip\.weight$"
+TEXT_ONLY = r"^(?!.*\.to_[kv]_ip\.)"

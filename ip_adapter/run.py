@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 from mindspore import Tensor
@@ -15,10 +15,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from ip_adapter import __version__
+from ip_adapter.build import ImagePromptModel, build_sd
+from ip_adapter.cli import default_weights, extra_parts
+from ip_adapter.config import InferenceConfig
+from ip_adapter.inputs import Hint, Inputs
 from ip_adapter.pictures import file_sha256, grid, save_png
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# Flags of single tasks that the metadata names where they are given.
+OWN_FLAGS = ("latents", "ref_img", "ref_mask", "strength", "invert_mask", "paste_original", "mask_blur",
+             "control_image", "control_scale", "control_start", "control_end", "canny")
 
 
 @dataclass
@@ -42,7 +50,7 @@ class Run:
     """Plans the pictures of a run, counts its time and writes what it makes.
 
     Args:
-        args: parsed flags of `ip_adapter.cli.inference_parser`.
+        args: parsed flags of `ip_adapter.cli.inference_parser`, the size filled in by `ip_adapter.inputs.open_inputs`.
         model_name: for the metadata.
         weights: the checkpoint used, for the metadata.
         latent_channels: channels of a latent.
@@ -82,6 +90,28 @@ class Run:
                          for i, seed in zip(indices, seeds)]
                 yield Batch([prompt] * len(seeds), [negative] * len(seeds), seeds, Tensor(np.stack(noise)))
 
+    def make(self, model: ImagePromptModel, inputs: Inputs, timesteps: np.ndarray, sample: Callable,
+             finish: Callable = lambda pictures: pictures) -> None:
+        """Make and write all pictures of the run, then report; what does not change in a run is computed once.
+
+        Args:
+            model: patched, with a ControlNet for each hint.
+            inputs: what it is given.
+            timesteps: those of the sampler.
+            sample: (denoise, noise) -> iterator over the latents after each step: what the task is made of.
+            finish: the last touch to a batch of (B, H, W, 3) uint8 pictures.
+        """
+        model.set_ip_scale(self.args.ip_scale)
+        image_tokens = model.image_tokens(inputs.image)
+        controls = model.controls(inputs.hints, timesteps)
+        self._save_hints(inputs.hints)
+        for batch in self.batches():
+            cond, uncond = model.condition(batch.prompts, batch.negative_prompts, image_tokens)
+            denoise = model.diffusion.denoiser(cond, uncond, self.args.scale, controls)
+            latents = self.sample(sample(denoise, batch.noise), len(timesteps))
+            self.save(finish(model.diffusion.decode(latents)), batch, inputs.shown())
+        self.report()
+
     def sample(self, steps: Iterable[Tensor], total: int) -> Tensor:
         """Go through a sampler's steps under a progress bar; returns the last one, finished."""
         begun, x = time.time(), None
@@ -104,19 +134,30 @@ class Run:
             save_png(folder, grid(inputs, pictures), settings, "grid-{:05d}.png")
         self.made += len(pictures)
 
+    def _save_hints(self, hints: list[Hint]) -> None:
+        """Write the hints that were made here, as canny-00000.png beside the grids."""
+        for hint in hints:
+            if hint.made and not self.args.skip_save:
+                save_png(Path(self.args.output_path), hint.picture, {"canny": self.args.canny}, "canny-{:05d}.png")
+
     @functools.cached_property
-    def weights_sha256(self) -> str:
-        """Fingerprint of the checkpoint; taken once, for beside a file in a read-only folder it cannot be noted."""
-        return file_sha256(self.weights)
+    def fingerprints(self) -> dict:
+        """Names and sha256 of all weights; taken once, for beside a file in a read-only folder it cannot be noted."""
+        files = {"weights": [self.weights], "ip_adapter": [self.args.ip_adapter], "vae": [self.args.vae],
+                 "controlnet": self.args.controlnet}
+        given = {flag: [path for path in paths if path] for flag, paths in files.items()}
+        return {key: value for flag, paths in given.items() if paths for key, value in (
+            (flag, ", ".join(path.name for path in paths)),
+            (f"{flag}_sha256", ", ".join(file_sha256(path) for path in paths)))}
 
     def settings(self, prompt: str, negative: str, seed: int) -> dict:
         """What repeats a picture, as text metadata."""
         a = self.args
-        own = {"latents": a.latents} if a.latents else {}
+        own = {flag: getattr(a, flag) for flag in OWN_FLAGS if getattr(a, flag, None) not in (None, [])}
+        own = {flag: ", ".join(map(str, value)) if isinstance(value, list) else value for flag, value in own.items()}
         return {"prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": a.sampling_steps,
                 "guidance_scale": a.scale, "ip_scale": a.ip_scale, "sampler": "DDIM", "size": f"{a.W}x{a.H}",
-                "img": a.img, **own, "model": self.name, "weights": self.weights.name,
-                "weights_sha256": self.weights_sha256, "dtype": a.dtype,
+                "img": a.img, **own, "model": self.name, **self.fingerprints, "dtype": a.dtype,
                 "program": f"IP-Adapter on MindSpore {__version__}"}
 
     def report(self) -> None:
@@ -127,6 +168,17 @@ class Run:
         where = "nowhere (--skip_save --skip_grid)" if nothing else self.args.output_path
         log.info("%d pictures in %s: %.1f s, %.2f step/s, %.3f img/s", self.made, where, seconds, rate,
                  self.made / seconds)
+
+
+def open_run(args: argparse.Namespace, config: InferenceConfig) -> tuple:
+    """Plan the run and build its model: (Run, ImagePromptModel).
+
+    Raises:
+        UserError: flags or files do not fit together; nothing large is read before the flags are found good.
+    """
+    extra, weights = extra_parts(args), default_weights(args, config)
+    run = Run(args, config.name, weights)
+    return run, build_sd(weights, config.model, args.dtype, extra)
 
 
 def prompt_pairs(args: argparse.Namespace) -> tuple:

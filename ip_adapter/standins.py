@@ -13,15 +13,16 @@ import numpy as np
 from mindspore.nn.utils import no_init_parameters
 
 from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel
-from ip_adapter.merge import SD15_TORCH, TEXT_ONLY
-from ip_adapter.names import IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch
+from ip_adapter.merge import SD15_TORCH
+from ip_adapter.names import IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, TEXT_ONLY, image_attention_torch
 from ip_adapter.patch import patch_cross_attention, transformer_blocks
 from ldm.checkpoint import Layout, parameter_shapes
 from ldm.checkpoint_file import TensorInfo, write_checkpoint
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
+from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
-from ldm.names import VAE_DIFFUSERS
+from ldm.names import CONTROLNET_DIFFUSERS, VAE_DIFFUSERS
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def write_standin(path: Path, parts: list, seed: int = 0) -> None:
 
 
 def write_sd_standins(folder: Path, sizes: SDSizes = DEMO, seed: int = 0) -> dict:
-    """Write the four published files of SD-1.5 with an IP-Adapter, under their usual names.
+    """Write the published files of SD-1.5 with an IP-Adapter and a ControlNet, under their usual names.
 
     Returns:
         The paths, by the flag of tools/merge_ckpts_sd.py they belong to.
@@ -89,11 +90,13 @@ def write_sd_standins(folder: Path, sizes: SDSizes = DEMO, seed: int = 0) -> dic
         patch_cross_attention(unet, sizes.proj.num_tokens)
         vae, text = AutoencoderKL(sizes.vae), CLIPTextTransformer(sizes.text)
         image, proj = CLIPImageTransformer(sizes.image), ImageProjModel(sizes.proj)
+        controlnet = ControlNet(sizes.unet)
     paths = {
         "sd": folder / "v1-5-pruned-emaonly.safetensors",
         "vae": folder / "sd-vae-ft-mse" / "diffusion_pytorch_model.safetensors",
         "open_clip_vit": folder / "IP-Adapter" / "image_encoder" / "model.safetensors",
         "ip_adapter": folder / "IP-Adapter" / "ip-adapter_sd15.safetensors",
+        "controlnet": folder / "control_v11f1p_sd15_depth" / "diffusion_pytorch_model.safetensors",
     }
     attention: Layout = image_attention_torch([path for path, _ in transformer_blocks(unet)])
     base = (parameter_shapes(unet, TEXT_ONLY), parameter_shapes(vae), parameter_shapes(text))
@@ -102,4 +105,5 @@ def write_sd_standins(folder: Path, sizes: SDSizes = DEMO, seed: int = 0) -> dic
     write_standin(paths["open_clip_vit"], [(parameter_shapes(image), IMAGE_ENCODER_TORCH)], seed)
     write_standin(paths["ip_adapter"], [(parameter_shapes(unet, IMAGE_ATTENTION), attention),
                                         (parameter_shapes(proj), IMAGE_PROJ_TORCH)], seed)
+    write_standin(paths["controlnet"], [(parameter_shapes(controlnet), CONTROLNET_DIFFUSERS)], seed)
     return paths

@@ -1,4 +1,4 @@
-"""DDIM sampling (arXiv 2010.02502) without added noise (eta = 0)."""
+"""DDIM sampling (arXiv 2010.02502) without added noise (eta = 0), of whole pictures or of a part of one."""
 from __future__ import annotations
 
 from typing import Callable, Iterator
@@ -6,18 +6,19 @@ from typing import Callable, Iterator
 import numpy as np
 from mindspore import Tensor
 
-from ldm.schedule import NoiseSchedule, leading_timesteps
+from ldm.schedule import NoiseSchedule
 
 
-def sample_ddim(denoise: Callable[[Tensor, int], Tensor], x: Tensor, steps: int,
-                schedule: NoiseSchedule = NoiseSchedule()) -> Iterator[Tensor]:
+def sample_ddim(denoise: Callable[[Tensor, int], Tensor], x: Tensor, timesteps: np.ndarray,
+                schedule: NoiseSchedule = NoiseSchedule(), keep: Callable | None = None) -> Iterator[Tensor]:
     """Sample step by step, so that the caller owns the progress bar.
 
     Args:
         denoise: (x_t, t) -> predicted noise, guidance included.
-        x: (B, C, H, W) float32 starting noise of unit variance.
-        steps: how many steps S, 1 to 1000.
+        x: (B, C, H, W) float32 at the first timestep: noise of unit variance, or `NoiseSchedule.add_noise`.
+        timesteps: (S,) from noisy to clean, as `leading_timesteps` gives them.
         schedule: the noise schedule.
+        keep: called after each step with x and the next timestep (None after the last), returns x; see `KeptRegion`.
 
     Yields:
         x after each step, S times; the last one is the clean latent.
@@ -26,16 +27,41 @@ def sample_ddim(denoise: Callable[[Tensor, int], Tensor], x: Tensor, steps: int,
         arXiv 2010.02502, eq. 12 with sigma = 0.
     """
     alphas = schedule.alphas_cumprod()
-    timesteps = leading_timesteps(steps)
-    for t, alpha, alpha_next in zip(timesteps, alphas[timesteps], next_alphas(alphas, timesteps)):
+    following = [int(t) for t in timesteps[1:]] + [None]
+    for t, t_next, alpha, alpha_next in zip(timesteps, following, alphas[timesteps], next_alphas(alphas, timesteps)):
         noise = denoise(x, int(t))
         # eq. 12: the predicted x_0, and the direction that points to x_t; both folded into two factors.
         scale = np.sqrt(alpha_next / alpha)
         shift = np.sqrt(1.0 - alpha_next) - scale * np.sqrt(1.0 - alpha)
         x = x * float(scale) + noise * float(shift)
+        if keep is not None:
+            x = keep(x, t_next)
         yield x
 
 
 def next_alphas(alphas: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
     """alpha bar after each step; the last step goes to that of timestep 0, not to 1."""
     return np.append(alphas[timesteps[1:]], alphas[0])
+
+
+class KeptRegion:
+    """Holds a part of the latents at the original while the rest is repainted.
+
+    Args:
+        clean: (1, C, H, W) float32 latents of the original.
+        noise: (B, C, H, W) float32, that the sampling started from.
+        mask: (1, 1, H, W) float32, 1 where it is repainted, 0 where it is kept.
+        schedule: the noise schedule.
+
+    Source:
+        huggingface/diffusers: src/diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion_inpaint.py, for
+        UNets with 4 input channels.
+    """
+
+    def __init__(self, clean: Tensor, noise: Tensor, mask: Tensor, schedule: NoiseSchedule = NoiseSchedule()):
+        self.clean, self.noise, self.mask, self.schedule = clean, noise, mask, schedule
+
+    def __call__(self, x: Tensor, timestep: int | None) -> Tensor:
+        """x after a step, with the kept part as noisy as the next timestep has it; clean if there is none."""
+        kept = self.clean if timestep is None else self.schedule.add_noise(self.clean, self.noise, timestep)
+        return self.mask * x + (1.0 - self.mask) * kept

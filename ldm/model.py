@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 put together: text to context, pictures to latents and back, guided denoising."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mindspore as ms
 import numpy as np
@@ -9,21 +9,24 @@ from mindspore import Tensor, nn, ops
 
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
+from ldm.modules.controlnet import ControlNet
 from ldm.modules.tokenizer import CLIPTokenizer
 from ldm.modules.unet import UNetModel
+from ldm.schedule import NoiseSchedule
 
 
 class GuidedDenoiser(nn.Cell):
-    """Classifier-free guidance in one batch: u + s (c - u).
+    """Classifier-free guidance in one batch: u + s (c - u), with ControlNets or without.
 
-    Prompts, timestep and guidance scale are inputs, so one compiled graph serves them all.
+    Prompts, timestep, hints and scales are inputs, so one compiled graph serves them all.
     """
 
-    def __init__(self, unet: UNetModel):
+    def __init__(self, unet: UNetModel, controlnets: list = ()):
         super().__init__(auto_prefix=False)
-        self.unet = unet
+        self.unet, self.controlnets = unet, nn.CellList(controlnets)
 
-    def construct(self, x: Tensor, timestep: Tensor, context: Tensor, scale: Tensor) -> Tensor:
+    def construct(self, x: Tensor, timestep: Tensor, context: Tensor, scale: Tensor, text: Tensor = None,
+                  hints: Tensor = None, control_scales: Tensor = None) -> Tensor:
         """Predict the noise.
 
         Args:
@@ -31,17 +34,47 @@ class GuidedDenoiser(nn.Cell):
             timestep: () float32.
             context: (B, T, D), or (2 B, T, D) with the unconditional half first.
             scale: () float32, guidance scale; of no effect on a context of B.
+            text: the part of `context` that ControlNets see, or None for none of them.
+            hints: (N, M, H, W) embedded hint of each ControlNet.
+            control_scales: (N,) float32.
 
         Returns:
             (B, 4, H, W) float32.
         """
         guided = context.shape[0] == 2 * x.shape[0]
         batch = ops.concat((x, x), 0) if guided else x
-        noise = self.unet(batch, ops.broadcast_to(timestep, (batch.shape[0],)), context)
+        timesteps = ops.broadcast_to(timestep, (batch.shape[0],))
+        control = None
+        if text is not None:
+            control = self._residuals(batch, timesteps, text, hints, control_scales)
+        noise = self.unet(batch, timesteps, context, None, control)
         if guided:
             uncond, cond = ops.split(noise, x.shape[0], 0)
             noise = uncond + scale * (cond - uncond)
         return noise
+
+    def _residuals(self, x: Tensor, timesteps: Tensor, text: Tensor, hints: Tensor, scales: Tensor) -> list:
+        """The sum of what the ControlNets give."""
+        total = None
+        for i in range(len(self.controlnets)):
+            residuals = self.controlnets[i](x, timesteps, text, hints[i : i + 1], scales[i])
+            total = residuals if total is None else [a + b for a, b in zip(total, residuals)]
+        return total
+
+
+@dataclass
+class Control:
+    """What one ControlNet is told.
+
+    Attributes:
+        hint: (1, M, H / 8, W / 8) float32, from `ControlNet.embed_hint`.
+        scale: what its residuals are multiplied by.
+        timesteps: the timesteps at which it acts.
+    """
+
+    hint: Tensor
+    scale: float
+    timesteps: set
 
 
 @dataclass
@@ -52,17 +85,21 @@ class LatentDiffusion:
         unet: predicts noise; patched with image attention or not.
         vae: autoencoder.
         text_encoder: CLIP-L.
+        schedule: the noise it was trained with.
         scale_factor: what latents are multiplied by (0.18215).
+        controlnets: in the order of the hints.
     """
 
     unet: UNetModel
     vae: AutoencoderKL
     text_encoder: CLIPTextTransformer
+    schedule: NoiseSchedule
     scale_factor: float
+    controlnets: list[ControlNet] = field(default_factory=list)
 
     def __post_init__(self):
         self.tokenizer = CLIPTokenizer(context_length=self.text_encoder.config.context_length)
-        self.guided = GuidedDenoiser(self.unet)
+        self.guided = GuidedDenoiser(self.unet, self.controlnets)
 
     def encode_text(self, texts: list) -> Tensor:
         """Texts -> (B, 77, D) float32 context: last hidden states after the final norm."""
@@ -82,17 +119,28 @@ class LatentDiffusion:
             pictures.append(np.round(pixels).astype(np.uint8))
         return np.stack(pictures)
 
-    def denoiser(self, cond: Tensor, uncond: Tensor, guidance_scale: float):
+    def denoiser(self, cond: Tensor, uncond: Tensor, guidance_scale: float, controls: list[Control] = ()):
         """The function a sampler calls.
 
         Args:
-            cond: (B, T, D) context.
+            cond: (B, T, D) context; the text's tokens come first, and ControlNets see only those.
             uncond: (B, T, D) context of the unconditional side.
             guidance_scale: s; 1 or less leaves the unconditional side out.
+            controls: one for each ControlNet.
 
         Returns:
             (x, t) -> predicted noise, shaped as x.
         """
         context = ops.concat((uncond, cond), 0) if guidance_scale > 1 else cond
         scale = Tensor(guidance_scale, ms.float32)
-        return lambda x, t: self.guided(x, Tensor(t, ms.float32), context, scale)
+        text = ops.narrow(context, 1, 0, self.text_encoder.config.context_length)
+        hints = ops.concat([control.hint for control in controls], 0) if controls else None
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            timestep = Tensor(t, ms.float32)
+            scales = [control.scale if t in control.timesteps else 0.0 for control in controls]
+            if not any(scales):
+                return self.guided(x, timestep, context, scale)
+            return self.guided(x, timestep, context, scale, text, hints, Tensor(scales, ms.float32))
+
+        return denoise

@@ -26,8 +26,48 @@ _SD15_CONVOLUTIONS = (
 UNET_SD15 = Layout("model.diffusion_model.", _SD15_CONVOLUTIONS)
 UNET_TORCH = Layout("model.diffusion_model.", TORCH_NORMS, ignored=TORCH_BUFFERS)
 
+# Merged files keep the ControlNet inside the UNet.
+CONTROLNET_PREFIX = "model.diffusion_model.controlnet."
+CONTROLNET_SD15 = Layout(CONTROLNET_PREFIX, _SD15_CONVOLUTIONS + (
+    (r"^(input_hint_block\.\d+)\.", r"\1.conv."),
+    (r"^(zero_convs\.\d+|middle_block_out)\.0\.", r"\1.conv."),
+))
+# Original files come with and without a prefix; the older ones hold the whole model that was trained.
+_WHOLE_MODEL = TORCH_BUFFERS + r"|^(model\.diffusion_model|first_stage_model|cond_stage_model)\."
+CONTROLNET_TORCH = (Layout("control_model.", TORCH_NORMS, ignored=_WHOLE_MODEL), Layout("", TORCH_NORMS))
+
+
+def _encoder_diffusers(levels: int = 4, num_res_blocks: int = 2) -> tuple:
+    """Rules for input and middle blocks in diffusers' names, which count levels and the blocks within each."""
+    rules = [(r"^time_embed\.0\.", "time_embedding.linear_1."), (r"^time_embed\.2\.", "time_embedding.linear_2."),
+             (r"^label_emb\.0\.0\.", "add_embedding.linear_1."), (r"^label_emb\.0\.2\.", "add_embedding.linear_2."),
+             (r"^input_blocks\.0\.0\.", "conv_in."),
+             (r"^middle_block\.1\.", "mid_block.attentions.0."),
+             (r"^middle_block\.0\.", "mid_block.resnets.0."), (r"^middle_block\.2\.", "mid_block.resnets.1.")]
+    for level in range(levels):
+        first = 1 + level * (num_res_blocks + 1)
+        for i in range(num_res_blocks):
+            rules += [(rf"^input_blocks\.{first + i}\.0\.", f"down_blocks.{level}.resnets.{i}."),
+                      (rf"^input_blocks\.{first + i}\.1\.", f"down_blocks.{level}.attentions.{i}.")]
+        rules.append((rf"^input_blocks\.{first + num_res_blocks}\.0\.op\.",
+                      f"down_blocks.{level}.downsamplers.0.conv."))
+    return tuple(rules) + (
+        (r"\.in_layers\.0\.", ".norm1."), (r"\.in_layers\.2\.", ".conv1."), (r"\.emb_layers\.1\.", ".time_emb_proj."),
+        (r"\.out_layers\.0\.", ".norm2."), (r"\.out_layers\.3\.", ".conv2."),
+        (r"\.skip_connection\.", ".conv_shortcut."))
+
+
+_HINT_DIFFUSERS = ((r"^input_hint_block\.0\.", "controlnet_cond_embedding.conv_in."),
+                   (r"^input_hint_block\.14\.", "controlnet_cond_embedding.conv_out.")) + tuple(
+    (rf"^input_hint_block\.{2 * i + 2}\.", f"controlnet_cond_embedding.blocks.{i}.") for i in range(6))
+CONTROLNET_DIFFUSERS = Layout("", _encoder_diffusers() + _HINT_DIFFUSERS + (
+    (r"^zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
+    (r"^middle_block_out\.0\.", "controlnet_mid_block."),
+) + TORCH_NORMS)
+
 VAE_MINDSPORE = Layout("first_stage_model.")
 VAE_TORCH = Layout("first_stage_model.", TORCH_NORMS)
+VAE_ALONE = Layout("", TORCH_NORMS, ignored=r"^(loss|model_ema)\.")  # as trained by CompVis' code, in a file of its own
 
 
 def _vae_diffusers(q: str, k: str, v: str, out: str) -> Layout:

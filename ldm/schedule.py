@@ -1,9 +1,12 @@
-"""The noise schedule and the timesteps of a sampler, in float64 NumPy."""
+"""The noise schedule and the timesteps of a sampler, in float64 NumPy until they meet a tensor."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+from mindspore import Tensor
+
+from ldm.errors import UserError
 
 TRAIN_STEPS = 1000
 
@@ -29,16 +32,41 @@ class NoiseSchedule:
         betas = np.linspace(self.beta_start ** 0.5, self.beta_end ** 0.5, TRAIN_STEPS) ** 2
         return np.cumprod(1.0 - betas)
 
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """Clean latents as they are at a timestep; all (B, C, H, W) float32.
 
-def leading_timesteps(steps: int) -> np.ndarray:
-    """(steps,) int64 timesteps from noisy to clean: multiples of 1000 // steps, plus one, at most 999.
+        Source:
+            DDPM (arXiv 2006.11239), eq. 4.
+        """
+        alpha = self.alphas_cumprod()[timestep]
+        return latents * float(np.sqrt(alpha)) + noise * float(np.sqrt(1.0 - alpha))
+
+
+def leading_timesteps(steps: int, strength: float = 1.0) -> np.ndarray:
+    """Timesteps from noisy to clean: multiples of 1000 // steps, plus one, at most 999.
+
+    Args:
+        steps: S, 1 to 1000.
+        strength: above 0, at most 1; only the last int(S * strength) timesteps are kept, for an image that is changed
+            instead of made anew.
+
+    Returns:
+        (int(S * strength),) int64.
 
     Raises:
-        ValueError: `steps` is not in 1 to 1000.
+        UserError: out of range, or nothing is left.
 
     Source:
-        huggingface/diffusers: src/diffusers/schedulers/scheduling_ddim.py, "leading" spacing with steps_offset 1.
+        huggingface/diffusers: src/diffusers/schedulers/scheduling_ddim.py, "leading" spacing with steps_offset 1;
+        src/diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion_img2img.py, get_timesteps.
     """
     if not 1 <= steps <= TRAIN_STEPS:
-        raise ValueError(f"`steps` is {steps}, expected 1 to {TRAIN_STEPS}")
-    return np.minimum(np.arange(steps) * (TRAIN_STEPS // steps) + 1, TRAIN_STEPS - 1)[::-1].copy()
+        raise UserError(f"`steps` is {steps}, expected 1 to {TRAIN_STEPS}")
+    if not 0 <= strength <= 1:
+        raise UserError(f"`strength` is {strength}, expected 0 to 1 (1 keeps nothing of the image)")
+    kept = int(steps * strength)
+    if kept == 0:
+        raise UserError(f"--strength {strength} leaves none of the {steps} steps; expected at least {1 / steps:.3g}, "
+                        "or more --sampling_steps")
+    timesteps = np.minimum(np.arange(steps) * (TRAIN_STEPS // steps) + 1, TRAIN_STEPS - 1)[::-1]
+    return timesteps[steps - kept :].copy()

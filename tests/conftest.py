@@ -23,14 +23,22 @@ start_device("CPU", 1)
 
 @pytest.fixture(scope="session")
 def standins(tmp_path_factory) -> dict:
-    """The four published files of SD-1.5, small, by the merge tool's flags."""
+    """The published files of SD-1.5, small, by the merge tool's flags."""
     return write_sd_standins(tmp_path_factory.mktemp("standins"))
 
 
 @pytest.fixture(scope="session")
 def merged(standins, tmp_path_factory) -> Path:
-    """The merged checkpoint of the stand-ins."""
+    """The merged checkpoint of the stand-ins, without a ControlNet."""
     path = tmp_path_factory.mktemp("merged") / "sd_v1.5_ip_adapter.ckpt"
+    merge_sd(**{**standins, "controlnet": None}, out=path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def merged_control(standins, tmp_path_factory) -> Path:
+    """The merged checkpoint of the stand-ins, with a ControlNet."""
+    path = tmp_path_factory.mktemp("merged") / "sd_v1.5_ip_adapter_controlnet.ckpt"
     merge_sd(**standins, out=path)
     return path
 

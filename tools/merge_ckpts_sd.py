@@ -1,4 +1,4 @@
-"""Merge SD-1.5, the image encoder, an IP-Adapter and an autoencoder into the one file the SD scripts load.
+"""Merge SD-1.5, image encoder, IP-Adapter, autoencoder and ControlNet into the one file the SD scripts load.
 
 python tools/merge_ckpts_sd.py
 """
@@ -27,14 +27,16 @@ def main(argv: list | None = None) -> None:
     add("--ip_adapter", "--ip_adpater", default=f"{FOLDER}/IP-Adapter/ip-adapter_sd15.safetensors",
         help="IP-Adapter, published (.safetensors, .bin) or finetuned (sd-N.ckpt)")
     add("--vae", default=f"{FOLDER}/sd-vae-ft-mse/diffusion_pytorch_model.safetensors",
-        help="autoencoder in diffusers' layout")
+        help="autoencoder, diffusers' or original layout")
+    add("--controlnet", help="ControlNet, diffusers' or original layout")
     add("--skip_ip", action="store_true", help="no adapter: start to train one from scratch")
     add("--out", default=f"{FOLDER}/merged/sd_v1.5_ip_adapter.ckpt", help="file to write, .ckpt or .safetensors")
     add("--dtype", choices=["float32", "float16"], default="float32", help="precision of what is written")
     args = parser.parse_args(argv)
     start_logging()
     sd = first_existing(args.sd, "--sd")
-    count = merge_sd(sd, args.open_clip_vit, args.ip_adapter, args.vae, args.out, args.skip_ip, args.dtype)
+    count = merge_sd(sd, args.open_clip_vit, args.ip_adapter, args.vae, args.out, args.controlnet, args.skip_ip,
+                     args.dtype)
     logging.info("%d tensors merged into %s", count, args.out)
 
 

@@ -1,14 +1,20 @@
 """Merging and converting: names, values, and files that do not belong."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from mindspore.nn.utils import no_init_parameters
 
 from ip_adapter.build import build_sd
 from ip_adapter.config import ModelConfig
 from ip_adapter.merge import convert_sd, merge_sd
 from ip_adapter.standins import DEMO, write_sd_standins
+from ldm.checkpoint import Part, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
+from ldm.modules.controlnet import ControlNet
+from ldm.names import CONTROLNET_DIFFUSERS, CONTROLNET_TORCH
 from tests.conftest import DATA, arrays
 
 
@@ -24,13 +30,15 @@ def without(names: set, *parts: str) -> set:
 DEEPER = tuple(f"resblocks.{i}." for i in range(2, 48))
 
 
-def test_merged_names_are_those_of_the_public_layout(merged):
-    with open_checkpoint(merged) as file:
-        assert set(file.tensors) == without(manifest_names("sd_v1.5_ip_adapter.ckpt"), *DEEPER)
+@pytest.mark.parametrize("fixture, manifest", [("merged", "sd_v1.5_ip_adapter.ckpt"),
+                                               ("merged_control", "sd_v1.5_ip_adapter.controlnet.ckpt")])
+def test_merged_names_are_those_of_the_public_layout(fixture, manifest, request):
+    with open_checkpoint(request.getfixturevalue(fixture)) as file:
+        assert set(file.tensors) == without(manifest_names(manifest), *DEEPER)
 
 
-def test_merged_values(merged, standins):
-    out, sd, adapter = arrays(merged), arrays(standins["sd"]), arrays(standins["ip_adapter"])
+def test_merged_values(merged_control, standins):
+    out, sd, adapter = arrays(merged_control), arrays(standins["sd"]), arrays(standins["ip_adapter"])
     encoder, vae = arrays(standins["open_clip_vit"]), arrays(standins["vae"])
     unet = "model.diffusion_model."
     np.testing.assert_array_equal(out[unet + "input_blocks.1.0.in_layers_conv.conv.weight"],
@@ -47,11 +55,39 @@ def test_merged_values(merged, standins):
                                   vae["decoder.up_blocks.0.resnets.0.conv1.weight"])
     np.testing.assert_array_equal(out[unet + "middle_block.1.transformer_blocks.0.attn2.to_v_ip.weight"],
                                   adapter["ip_adapter.31.to_v_ip.weight"])
+    control = arrays(standins["controlnet"])
+    for ours, theirs in (("input_hint_block.14.conv", "controlnet_cond_embedding.conv_out"),
+                         ("zero_convs.11.conv", "controlnet_down_blocks.11"),
+                         ("input_blocks.8.0.in_layers_conv.conv", "down_blocks.2.resnets.1.conv1")):
+        np.testing.assert_array_equal(out[f"{unet}controlnet.{ours}.weight"], control[f"{theirs}.weight"])
+
+
+def original_controlnet(standins) -> dict:
+    """The ControlNet as lllyasviel's original files have it."""
+    with no_init_parameters():
+        shapes = parameter_shapes(ControlNet(DEMO.unet))
+    with open_checkpoint(standins["controlnet"]) as file:
+        return {f"control_model.{name}": read() for name, (_, read) in plan(
+            Part(shapes, file, CONTROLNET_DIFFUSERS), CONTROLNET_TORCH[1]).items()}
+
+
+def test_original_controlnets_merge_to_the_same(merged_control, standins, tmp_path):
+    """Those of version 1.1, those with the whole model around them, those without a prefix, and merged ones."""
+    original, expected = original_controlnet(standins), arrays(merged_control)
+    bare = {name[len("control_model."):]: value for name, value in original.items()}
+    files = {"v11": original, "whole": {**original, **arrays(standins["sd"])}, "bare": bare, "merged": expected}
+    for name, tensors in files.items():
+        save_arrays(tmp_path / f"{name}.safetensors", tensors)
+        merge_sd(**{**standins, "controlnet": tmp_path / f"{name}.safetensors"}, out=tmp_path / "out.ckpt")
+        out = arrays(tmp_path / "out.ckpt")
+        assert out.keys() == expected.keys()
+        for key in out:
+            np.testing.assert_array_equal(out[key], expected[key], err_msg=f"{name}: {key}")
 
 
 def test_without_an_adapter_training_starts_from_the_text_attention(standins, tmp_path):
     out = tmp_path / "train.safetensors"
-    files = {key: path for key, path in standins.items() if key != "ip_adapter"}
+    files = {key: path for key, path in standins.items() if key not in ("ip_adapter", "controlnet")}
     merge_sd(**files, ip_adapter=None, out=out, skip_ip=True)
     tensors = arrays(out)
     assert not [name for name in tensors if "image_proj" in name]
@@ -61,14 +97,14 @@ def test_without_an_adapter_training_starts_from_the_text_attention(standins, tm
         build_sd(out, ModelConfig())
 
 
-def test_converting_first_gives_the_same(merged, standins, tmp_path):
+def test_converting_first_gives_the_same(merged_control, standins, tmp_path):
     base = tmp_path / "sd_v1.5-d0ab7146.ckpt"
     convert_sd(standins["sd"], base)
     with open_checkpoint(base) as file:
         assert set(file.tensors) == without(manifest_names("sd_v1.5-d0ab7146.ckpt"), *DEEPER)
     out = tmp_path / "merged.ckpt"
     merge_sd(**{**standins, "sd": base}, out=out)
-    expected = arrays(merged)
+    expected = arrays(merged_control)
     for name, value in arrays(out).items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
@@ -78,24 +114,26 @@ def test_float16_and_a_finetuned_adapter(merged, standins, tmp_path):
     finetuned = tmp_path / "sd-1.ckpt"
     save_arrays(finetuned, {name: value for name, value in whole.items() if "_ip." in name or "image_proj" in name})
     out = tmp_path / "half.ckpt"
-    merge_sd(**{**standins, "ip_adapter": finetuned}, out=out, dtype="float16")
+    merge_sd(**{**standins, "ip_adapter": finetuned, "controlnet": None}, out=out, dtype="float16")
     for name, value in arrays(out).items():
         assert value.dtype == np.float16
         np.testing.assert_array_equal(value, whole[name].astype(np.float16))
 
 
 def test_what_does_not_fit_is_named(standins, tmp_path):
-    from dataclasses import replace
-
     other = write_sd_standins(tmp_path / "other", replace(DEMO, image=replace(DEMO.image, embed_dim=48),
                                                           proj=DEMO.proj._replace(embed_dim=48)))
+    wide = write_sd_standins(tmp_path / "wide", replace(DEMO, unet=replace(DEMO.unet, context_dim=64)))
     out = tmp_path / "out.ckpt"
     cases = [
         ({"ip_adapter": other["ip_adapter"]}, "trained with an encoder of width 48; the encoder given is of width 32"),
         ({"ip_adapter": standins["vae"]}, "holds no adapter"),
         ({"sd": standins["vae"]}, "not a whole SD-1.5 model"),
         ({"open_clip_vit": standins["sd"]}, "holds no image encoder"),
-        ({"vae": standins["open_clip_vit"]}, "--vae expects the autoencoder of diffusers"),
+        ({"vae": standins["open_clip_vit"]}, "--vae .*holds no autoencoder; expected that of diffusers"),
+        ({"controlnet": standins["vae"]}, "--controlnet .*holds no ControlNet; expected lllyasviel's"),
+        ({"controlnet": standins["sd"]}, "--controlnet .*holds no ControlNet"),
+        ({"controlnet": wide["controlnet"]}, r"is for a UNet of 32 x .* and text of width 64; .* and 128"),
         ({"vae": tmp_path / "absent.safetensors"}, "absent.safetensors"),
     ]
     for change, message in cases:

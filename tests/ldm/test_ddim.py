@@ -51,7 +51,7 @@ def test_a_gaussian_is_recovered(steps):
         return Tensor((np.sqrt(1 - a) * (x.asnumpy() - np.sqrt(a) * mean) / variance).astype(np.float32))
 
     noise = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
-    states = list(sample_ddim(denoise, Tensor(noise), steps))
+    states = list(sample_ddim(denoise, Tensor(noise), leading_timesteps(steps)))
     assert len(states) == steps
     result = states[-1].asnumpy()
     first = ALPHAS[leading_timesteps(steps)[0]]  # the noise is taken for a sample at the first timestep

@@ -1,4 +1,4 @@
-"""Every published file SD-1.5 image variation needs loads with nothing missing and nothing left over."""
+"""Every published file the scripts need loads with nothing missing and nothing left over."""
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -7,24 +7,26 @@ import pytest
 from mindspore.nn.utils import no_init_parameters
 
 from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel, image_proj_config
-from ip_adapter.merge import SD15_MINDSPORE, SD15_TORCH, TEXT_ONLY
+from ip_adapter.merge import SD15_MINDSPORE, SD15_TORCH
 from ip_adapter.names import (
     EMBEDDER_SD15,
     IMAGE_ATTENTION,
     IMAGE_ENCODER_TORCH,
     IMAGE_PROJ_TORCH,
+    TEXT_ONLY,
     image_attention_torch,
     image_encoder_mindspore,
     image_proj_mindspore,
 )
 from ip_adapter.patch import patch_cross_attention, transformer_blocks
 from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
-from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes
+from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, TensorInfo
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
+from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
-from ldm.names import VAE_DIFFUSERS
+from ldm.names import CONTROLNET_DIFFUSERS, CONTROLNET_SD15, CONTROLNET_TORCH, VAE_DIFFUSERS
 from tests.conftest import DATA
 
 
@@ -103,6 +105,33 @@ def test_finetuned_adapter(shapes):
     file = manifest("sd-N.ckpt")
     check([Part(shapes["image attention"], file, SD15_MINDSPORE[0]),
            Part(shapes["projector"], file, image_proj_mindspore(EMBEDDER_SD15))])
+
+
+@pytest.mark.parametrize("name, heads, tensors", [("control_v11f1p_sd15_depth", 8, 340),
+                                                  ("controlnet-depth-sdxl-1.0", -1, 844)])
+def test_controlnets_of_both_families(name, heads, tensors):
+    file = manifest(f"{name}.diffusion_pytorch_model.safetensors")
+    for original in (False, True):
+        layout = CONTROLNET_TORCH[0] if original else CONTROLNET_DIFFUSERS
+        size = unet_config(View(file.tensors, layout), heads, 64 if heads < 0 else -1)
+        with no_init_parameters():
+            shapes = parameter_shapes(ControlNet(size))
+        check([Part(shapes, file, layout)])
+        assert len(shapes) == len(file.tensors) == tensors
+        # The same file under the names of lllyasviel's own code, for the second round.
+        file.tensors = {to: info for to, (info, _) in plan(Part(shapes, file, layout), CONTROLNET_TORCH[0]).items()}
+
+
+def test_merged_with_a_controlnet(shapes):
+    file = manifest("sd_v1.5_ip_adapter.controlnet.ckpt")
+    with no_init_parameters():
+        controlnet = Part(parameter_shapes(ControlNet(UNetConfig())), file, CONTROLNET_SD15)
+    unet, vae, text = (Part(shapes[name], file, layout)
+                       for name, layout in zip(("unet", "vae", "text"), SD15_MINDSPORE))
+    check([unet, vae, text, controlnet, Part(shapes["image attention"], file, SD15_MINDSPORE[0]),
+           Part(shapes["image encoder"], file, image_encoder_mindspore(EMBEDDER_SD15)),
+           Part(shapes["projector"], file, image_proj_mindspore(EMBEDDER_SD15))])
+    assert len(file.tensors) == 1850
 
 
 def test_adapter_for_bigG_has_its_own_width():

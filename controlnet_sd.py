@@ -1,0 +1,28 @@
+"""A picture as a prompt and another for the structure: Stable Diffusion 1.5 with an IP-Adapter and ControlNets.
+
+python controlnet_sd.py --img statue.png --control_image depth.png
+python controlnet_sd.py --img statue.png --control_image photo.jpg --canny 100 200 --controlnet canny.pth
+"""
+from __future__ import annotations
+
+from ip_adapter.cli import config_from, execute, inference_parser, start
+from ip_adapter.inputs import open_inputs
+from ip_adapter.run import open_run
+from ldm.ddim import sample_ddim
+from ldm.schedule import leading_timesteps
+
+
+def main(argv: list | None = None) -> None:
+    """Parse the flags, build the model, make the pictures."""
+    version, config = config_from(argv)
+    args = inference_parser(__doc__, version, config, controlled=True).parse_args(argv)
+    start(args)
+
+    inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps)
+    run, model = open_run(args, config)
+    schedule = model.diffusion.schedule
+    run.make(model, inputs, timesteps, lambda denoise, noise: sample_ddim(denoise, noise, timesteps, schedule))
+
+
+if __name__ == "__main__":
+    execute(main)

@@ -1,0 +1,46 @@
+"""A reference picture changed after the model of another, with Stable Diffusion 1.5 and an IP-Adapter.
+
+python image_to_image_sd.py --img river.png --ref_img vermeer.jpg --strength 0.6
+"""
+from __future__ import annotations
+
+from mindspore import Tensor
+
+from ip_adapter.cli import (
+    add_picture,
+    config_from,
+    execute,
+    in_range,
+    inference_parser,
+    start,
+)
+from ip_adapter.inputs import open_inputs
+from ip_adapter.preprocess import latent_pixels
+from ip_adapter.run import open_run
+from ldm.ddim import sample_ddim
+from ldm.schedule import leading_timesteps
+
+
+def main(argv: list | None = None) -> None:
+    """Parse the flags, build the model, make the pictures."""
+    version, config = config_from(argv)
+    parser = inference_parser(__doc__, version, config)
+    add_picture(parser, "--ref_img", config.ref_img, "the picture to change; its size is that of the output")
+    parser.add_argument("--strength", type=in_range(float, 0, 1), default=0.6,
+                        help="how much is changed: this part of the steps is run; 1 keeps next to nothing")
+    args = parser.parse_args(argv)
+    start(args)
+
+    inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps, args.strength)
+    run, model = open_run(args, config)
+    schedule, clean = model.diffusion.schedule, model.diffusion.encode_image(latent_pixels(inputs.reference))
+
+    def sample(denoise, noise: Tensor):
+        x = schedule.add_noise(clean, noise, timesteps[0])
+        return sample_ddim(denoise, x, timesteps, schedule)
+
+    run.make(model, inputs, timesteps, sample)
+
+
+if __name__ == "__main__":
+    execute(main)

@@ -1,0 +1,138 @@
+"""Files given part by part: which network a published or finetuned file holds, under which names, and of what size.
+
+Merging and building both come here; reading and strict checking is in `ldm/checkpoint.py`.
+"""
+from __future__ import annotations
+
+from mindspore import dtype as mstype
+from mindspore.nn.utils import no_init_parameters
+
+from ip_adapter.image_prompt import ImageProjConfig, image_proj_config
+from ip_adapter.names import (
+    EMBEDDER_SD15,
+    IMAGE_ENCODER_TORCH,
+    IMAGE_PROJ_TORCH,
+    image_attention_torch,
+    image_proj_mindspore,
+)
+from ip_adapter.patch import transformer_blocks
+from ldm.architecture import autoencoder_config, image_config, unet_config
+from ldm.checkpoint import Layout, Part, View, best_layout, check, parameter_shapes
+from ldm.checkpoint_file import CheckpointError, CheckpointFile
+from ldm.modules.autoencoder import AutoencoderKL
+from ldm.modules.clip import CLIPImageTransformer
+from ldm.modules.controlnet import ControlNet
+from ldm.modules.unet import UNetConfig, UNetModel
+from ldm.names import (
+    CONTROLNET_DIFFUSERS,
+    CONTROLNET_SD15,
+    CONTROLNET_TORCH,
+    UNET_SD15,
+    VAE_ALONE,
+    VAE_DIFFUSERS,
+    VAE_MINDSPORE,
+    VAE_TORCH,
+)
+
+ENCODERS = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
+
+
+def vae_part(file: CheckpointFile, dtype=mstype.float32) -> tuple:
+    """The autoencoder a file holds, in any spelling: the network, not initialised, and its checked part."""
+    probe = ("encoder.norm_out.gamma", "encoder.mid.attn_1.q.weight")
+    layout = best_layout(file.tensors, probe, VAE_DIFFUSERS + (VAE_ALONE, VAE_TORCH, VAE_MINDSPORE))
+    size = autoencoder_config(View(file.tensors, layout))
+    if size is None:
+        raise CheckpointError(f"--vae {file.path}: holds no autoencoder; expected that of diffusers, such as "
+                              "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
+    with no_init_parameters():
+        autoencoder = AutoencoderKL(size, dtype)
+    part = Part(parameter_shapes(autoencoder), file, layout)
+    check([part])
+    return autoencoder, part
+
+
+def image_encoder_part(file: CheckpointFile) -> tuple:
+    """The image encoder in a Hugging Face file: the network, not initialised, and its checked part."""
+    size = image_config(View(file.tensors, IMAGE_ENCODER_TORCH))
+    if size is None:
+        raise CheckpointError(f"--open_clip_vit {file.path}: holds no image encoder; expected "
+                              "IP-Adapter's image_encoder/model.safetensors")
+    with no_init_parameters():
+        encoder = CLIPImageTransformer(size)
+    part = Part(parameter_shapes(encoder), file, IMAGE_ENCODER_TORCH)
+    check([part])
+    return encoder, part
+
+
+def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int) -> tuple:
+    """How an adapter is named, published, finetuned or inside a merged file.
+
+    Args:
+        file: holds the adapter.
+        unet: the UNet it is meant for.
+        embed_dim: width of the image encoder's embedding.
+
+    Returns:
+        Sizes of the projector, layout of the image attention, layout of the projector.
+
+    Raises:
+        CheckpointError: it is of another kind, or was trained with another image encoder or base model.
+    """
+    paths = [path for path, _ in transformer_blocks(unet)]
+    probe = [f"{path}.attn2.to_k_ip.weight" for path in paths]
+    published = image_attention_torch(paths), IMAGE_PROJ_TORCH
+    finetuned = UNET_SD15, image_proj_mindspore(EMBEDDER_SD15)
+    best = best_layout(file.tensors, probe, (finetuned[0], published[0]))
+    attention, proj = published if best is published[0] else finetuned
+    size: ImageProjConfig | None = image_proj_config(View(file.tensors, proj))
+    if size is None:
+        plus = any(name.startswith(("image_proj.latents", "image_proj.proj.0")) for name in file.tensors)
+        raise CheckpointError(f"--ip_adapter {file.path}: " + (
+            "is a plus or full-face adapter; only the plain ones, with 4 tokens of the image embedding, are supported"
+            if plus else "holds no adapter; expected ip-adapter_sd15.safetensors or a finetuned sd-N.ckpt"))
+    if size.embed_dim != embed_dim:
+        trained = ENCODERS.get(size.embed_dim, f"an encoder of width {size.embed_dim}")
+        given = ENCODERS.get(embed_dim, f"of width {embed_dim}")
+        raise CheckpointError(f"--ip_adapter {file.path}: this adapter was trained with {trained}; "
+                              f"the encoder given is {given}")
+    if size.context_dim != unet.config.context_dim:
+        raise CheckpointError(f"--ip_adapter {file.path}: this adapter makes tokens of width {size.context_dim}, the "
+                              f"UNet takes {unet.config.context_dim}; it was trained for another base model")
+    return size, attention, proj
+
+
+def controlnet_part(file: CheckpointFile, unet: UNetConfig, dtype=mstype.float32) -> tuple:
+    """The ControlNet a file holds: diffusers' names, original ones, or those of a merged file.
+
+    Args:
+        file: holds the ControlNet, alone or, if original or merged, with the model around it.
+        unet: sizes of the UNet it is to steer.
+        dtype: of the network.
+
+    Returns:
+        The network, not initialised, and its part. Only a merged file is left unchecked: it has other parts as well.
+
+    Raises:
+        CheckpointError: there is none, or it is for another base model.
+    """
+    probe = ("input_hint_block.0.weight", "middle_block_out.0.weight", "input_blocks.1.0.in_layers.0.gamma")
+    layout: Layout = best_layout(file.tensors, probe, (CONTROLNET_DIFFUSERS, *CONTROLNET_TORCH, CONTROLNET_SD15))
+    view = View(file.tensors, layout)
+    size = unet_config(view, unet.num_heads, unet.num_head_channels)
+    merged = layout is CONTROLNET_SD15
+    if size is None or any(path not in view for path in probe):
+        how = "merge one with tools/merge_ckpts_sd.py --controlnet FILE or give --controlnet FILE" if any(
+            name.startswith(UNET_SD15.prefix) for name in file.tensors) else "expected lllyasviel's in either layout"
+        raise CheckpointError(f"--controlnet {file.path}: holds no ControlNet; {how}")
+    if (size.model_channels, size.channel_mult, size.context_dim) != (
+            unet.model_channels, unet.channel_mult, unet.context_dim):
+        raise CheckpointError(
+            f"--controlnet {file.path}: is for a UNet of {size.model_channels} x {size.channel_mult} channels and text "
+            f"of width {size.context_dim}; this one has {unet.model_channels} x {unet.channel_mult} and "
+            f"{unet.context_dim}: it was trained for another base model")
+    with no_init_parameters():
+        controlnet = ControlNet(size, dtype)
+    part = Part(parameter_shapes(controlnet), file, layout)
+    check([part], allowed="" if merged else r"(?!)")
+    return controlnet, part
