@@ -155,8 +155,8 @@ def why_incomplete(tensors: dict, sizes: tuple) -> str:
         return "is an SDXL checkpoint, expected SD-1.5; use image_variation_sdxl.py"
     if "model.diffusion_model.input_blocks.1.0.in_layers.0.weight" in tensors:
         return "is an original torch checkpoint, expected a merged one; run tools/merge_ckpts_sd.py --sd on it"
-    if sizes[0] and sizes[1] and sizes[2]:
-        return "holds no IP-Adapter (image encoder and projector); run tools/merge_ckpts_sd.py without --skip_ip"
+    if all(sizes[:4]):
+        return "holds no IP-Adapter; give --ip_adapter FILE, or run tools/merge_ckpts_sd.py without --skip_ip"
     parts = ("UNet", "autoencoder", "text encoder", "image encoder", "image projector")
     names = [name for name, size in zip(parts, sizes) if size is None]
     return f"holds no {', no '.join(names)}; expected a file written by tools/merge_ckpts_sd.py"

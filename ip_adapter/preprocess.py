@@ -134,7 +134,7 @@ def read_mask(path, width: int, height: int, invert: bool = False, flag: str = "
     Raises:
         UserError: not a picture, or nothing to repaint.
     """
-    grey = fit(open_image(path, flag).convert("L"), width, height, f"{flag} {path}")
+    grey = fit(open_image(path, flag), width, height, f"{flag} {path}").convert("L")
     mask = (np.asarray(grey) >= 128) != invert
     colour = "black" if invert else "white"
     if not mask.any():

@@ -136,9 +136,10 @@ class Run:
 
     def _save_hints(self, hints: list[Hint]) -> None:
         """Write the hints that were made here, as canny-00000.png beside the grids."""
+        settings = {"canny": as_typed(self.args.canny), "control_image": as_typed(self.args.control_image)}
         for hint in hints:
             if hint.made and not self.args.skip_save:
-                save_png(Path(self.args.output_path), hint.picture, {"canny": self.args.canny}, "canny-{:05d}.png")
+                save_png(Path(self.args.output_path), hint.picture, settings, "canny-{:05d}.png")
 
     @functools.cached_property
     def fingerprints(self) -> dict:
@@ -153,8 +154,7 @@ class Run:
     def settings(self, prompt: str, negative: str, seed: int) -> dict:
         """What repeats a picture, as text metadata."""
         a = self.args
-        own = {flag: getattr(a, flag) for flag in OWN_FLAGS if getattr(a, flag, None) not in (None, [])}
-        own = {flag: ", ".join(map(str, value)) if isinstance(value, list) else value for flag, value in own.items()}
+        own = {flag: as_typed(getattr(a, flag)) for flag in OWN_FLAGS if getattr(a, flag, None) not in (None, [])}
         return {"prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": a.sampling_steps,
                 "guidance_scale": a.scale, "ip_scale": a.ip_scale, "sampler": "DDIM", "size": f"{a.W}x{a.H}",
                 "img": a.img, **own, "model": self.name, **self.fingerprints, "dtype": a.dtype,
@@ -179,6 +179,13 @@ def open_run(args: argparse.Namespace, config: InferenceConfig) -> tuple:
     extra, weights = extra_parts(args), default_weights(args, config)
     run = Run(args, config.name, weights)
     return run, build_sd(weights, config.model, args.dtype, extra)
+
+
+def as_typed(value) -> str:
+    """The value of a flag as text; of a repeated flag all its values, with commas between them."""
+    if not isinstance(value, list):
+        return str(value)
+    return ", ".join(" ".join(map(str, one)) if isinstance(one, list) else str(one) for one in value)
 
 
 def prompt_pairs(args: argparse.Namespace) -> tuple:

@@ -23,7 +23,7 @@ class GuidedDenoiser(nn.Cell):
 
     def __init__(self, unet: UNetModel, controlnets: list = ()):
         super().__init__(auto_prefix=False)
-        self.unet, self.controlnets = unet, nn.CellList(controlnets)
+        self.unet, self.controlnets = unet, nn.CellList(list(controlnets))
 
     def construct(self, x: Tensor, timestep: Tensor, context: Tensor, scale: Tensor, text: Tensor = None,
                   hints: Tensor = None, control_scales: Tensor = None) -> Tensor:

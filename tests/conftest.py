@@ -1,6 +1,7 @@
 """Fixtures: small stand-in files, the checkpoint merged from them, and scripts run in this process or another."""
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,11 +81,38 @@ def arrays(path) -> dict:
 
 def reference() -> dict:
     """Numbers recorded with diffusers on the stand-ins (tests/record/record_sd.sh)."""
-    with np.load(DATA / "sd_reference.npz") as recorded:
-        return dict(recorded)
+    with np.load(DATA / "sd_reference.npz") as recorded, np.load(DATA / "sd_control_reference.npz") as control:
+        return {**recorded, **control}
 
 
 def psnr(a, b) -> float:
     """Peak signal-to-noise ratio of 8-bit pictures in dB."""
     error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def pictures(folder) -> list:
+    """The single pictures a run wrote, as arrays."""
+    return [np.asarray(Image.open(path)) for path in sorted((Path(folder) / "samples").glob("*.png"))]
+
+
+def assert_mistakes(outcome, main, words: list, cases: dict, folder: Path) -> None:
+    """Each case is answered with one line and status 2, and leaves nothing behind.
+
+    Args:
+        outcome: the fixture.
+        main: the script's.
+        words: flags that would work.
+        cases: name -> (flags that spoil them, pattern of the line).
+        folder: where the cases' files are.
+    """
+    failed, out = [], folder.parent / "out"
+    for name, (flags, expected) in cases.items():
+        before = set(folder.iterdir())
+        status, said = outcome(main, *words, "--output_path", out, *flags)
+        line = said.strip().splitlines()[-1] if said.strip() else ""
+        if status != 2 or not re.search(expected, line) or "Traceback" in said:
+            failed.append(f"{name}: status {status}, said {said!r}")
+        if any(not path.name.endswith(".sha256") for path in set(folder.iterdir()) - before) or out.exists():
+            failed.append(f"{name}: left something behind")
+    assert not failed, "\n".join(failed)

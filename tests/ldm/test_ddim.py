@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from ldm.ddim import next_alphas, sample_ddim
+from ldm.ddim import KeptRegion, next_alphas, sample_ddim
+from ldm.errors import UserError
 from ldm.schedule import NoiseSchedule, leading_timesteps
 
 ALPHAS = NoiseSchedule().alphas_cumprod()
@@ -58,3 +59,49 @@ def test_a_gaussian_is_recovered(steps):
     expected = mean + deviation * (noise - np.sqrt(first) * mean) / np.sqrt(first * deviation**2 + 1 - first)
     tolerance = {20: 0.1, 100: 0.02, 1000: 0.01}[steps]
     assert abs(result.mean() - expected.mean()) < tolerance and np.abs(result - expected).max() < 4 * tolerance
+
+
+def test_noise_level_of_every_strength():
+    """A denoiser that knows the picture ends at it only if the noise added is that of the first timestep run."""
+    x0, noise = np.array([0.8, -0.3]), np.array([-1.1, 0.6])
+    end = np.sqrt(ALPHAS[0]) * x0 + np.sqrt(1 - ALPHAS[0]) * noise
+    schedule = NoiseSchedule()
+
+    def denoise(x, t):
+        return (x - np.sqrt(ALPHAS[t]) * x0) / np.sqrt(1 - ALPHAS[t])
+
+    for steps in range(1, 101):
+        whole = leading_timesteps(steps)
+        for strength in (n / 100 for n in range(1, 101)):
+            if int(steps * strength) == 0:
+                with pytest.raises(UserError, match="leaves none of the"):
+                    leading_timesteps(steps, strength)
+                continue
+            timesteps = leading_timesteps(steps, strength)
+            np.testing.assert_array_equal(timesteps, whole[-int(steps * strength):])
+            x = schedule.add_noise(x0, noise, timesteps[0])
+            *_, last = sample_ddim(denoise, x, timesteps, schedule)
+            np.testing.assert_allclose(last, end, atol=1e-9)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1])
+def test_other_strengths_are_refused(strength):
+    with pytest.raises(UserError, match="expected 0 to 1"):
+        leading_timesteps(50, strength)
+
+
+def test_the_kept_region_is_as_noisy_as_the_step_and_clean_at_the_end():
+    rng, schedule, timesteps = np.random.default_rng(1), NoiseSchedule(), leading_timesteps(6, 0.7)
+    clean, noise = rng.standard_normal((1, 4, 3, 5)), rng.standard_normal((2, 4, 3, 5))
+    mask = np.zeros((1, 1, 3, 5))
+    mask[:, :, 1:, 2:] = 1
+    kept = np.broadcast_to(mask == 0, noise.shape)
+    keep = KeptRegion(clean, noise, mask, schedule)
+    x = schedule.add_noise(clean, noise, timesteps[0])
+    states = list(sample_ddim(lambda x, t: np.ones_like(x), x, timesteps, schedule, keep))
+    free = list(sample_ddim(lambda x, t: np.ones_like(x), x, timesteps, schedule))
+    for i, state in enumerate(states):
+        expected = np.broadcast_to(clean, noise.shape) if i == len(states) - 1 else schedule.add_noise(
+            clean, noise, timesteps[i + 1])
+        np.testing.assert_array_equal(state[kept], expected[kept])
+        np.testing.assert_allclose(state[~kept], free[i][~kept])

@@ -7,9 +7,10 @@ import pytest
 from mindspore import Tensor
 from PIL import Image
 
-from ip_adapter.build import build_sd
+from ip_adapter.build import ExtraParts, build_sd
 from ip_adapter.config import ModelConfig
-from ip_adapter.preprocess import clip_pixels, open_image
+from ip_adapter.preprocess import clip_pixels, hint_pixels, open_image
+from ldm.model import Control, GuidedDenoiser
 from tests.conftest import DATA, reference
 
 PROMPTS = ["a red circle"]
@@ -17,8 +18,8 @@ NEGATIVE = ["monochrome, lowres, bad anatomy, worst quality, low quality"]
 
 
 @pytest.fixture(scope="module")
-def model(merged):
-    return build_sd(merged, ModelConfig())
+def model(merged_control):
+    return build_sd(merged_control, ModelConfig(), extra=ExtraParts(controlnets=[None]))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,47 @@ def test_unet_with_image_branch_at_an_odd_size(model, expected):
     noise = model.diffusion.unet(Tensor(np.concatenate([latents, latents])), Tensor([float(expected["timestep"])] * 4),
                                  context(expected, 2))
     assert_close(noise.asnumpy(), expected["unet_output"])
+
+
+@pytest.fixture
+def hint(model) -> Tensor:
+    return model.diffusion.controlnets[0].embed_hint(Tensor(hint_pixels(open_image(DATA / "hint.png"))))
+
+
+def test_controlnet_sees_the_text_only(model, expected, hint):
+    latents = np.load(DATA / "sd_latents.npy")
+    text = np.concatenate([np.repeat(expected[f"text_{side}"], 2, 0) for side in ("uncond", "cond")])
+    residuals = model.diffusion.controlnets[0](
+        Tensor(np.concatenate([latents, latents])), Tensor([float(expected["timestep"])] * 4), Tensor(text), hint,
+        Tensor(1.0, ms.float32))
+    names = [f"control_down_{i}" for i in range(12)] + ["control_mid"]
+    assert len(residuals) == len(names)
+    for name, residual in zip(names, residuals):
+        assert_close(residual.asnumpy(), expected[name])
+
+
+def test_unet_with_a_controlnet(model, expected, hint):
+    """Recorded with the image prompt at 0.8 and the ControlNet at 0.9; guidance joins the two halves of the batch."""
+    latents, timestep = Tensor(np.load(DATA / "sd_latents.npy")), int(expected["timestep"])
+    model.set_ip_scale(0.8)
+    both = context(expected, 2)
+    control = Control(hint, 0.9, {timestep})
+    noise = model.diffusion.denoiser(both[2:], both[:2], 7.5, [control])(latents, timestep).asnumpy()
+    uncond, cond = np.split(expected["unet_control_output"], 2)
+    assert_close(noise, uncond + 7.5 * (cond - uncond))
+    without = model.diffusion.denoiser(both[2:], both[:2], 7.5, [control])(latents, timestep - 1).asnumpy()
+    assert np.abs(without - noise).max() > 0.01
+
+
+def test_controlnets_add_up(model, expected, hint):
+    latents, timestep = Tensor(np.load(DATA / "sd_latents.npy")), int(expected["timestep"])
+    controlnet, both = model.diffusion.controlnets[0], context(expected, 2)
+    twice = GuidedDenoiser(model.diffusion.unet, [controlnet, controlnet])
+    once = GuidedDenoiser(model.diffusion.unet, [controlnet])
+    words = (latents, Tensor(float(timestep), ms.float32), both, Tensor(7.5, ms.float32), both[:, :77])
+    a = twice(*words, Tensor(np.concatenate([hint.asnumpy()] * 2)), Tensor([0.5, 0.25], ms.float32)).asnumpy()
+    b = once(*words, hint, Tensor([0.75], ms.float32)).asnumpy()
+    assert_close(a, b, 1e-5)
 
 
 def test_autoencoder(model, expected):

@@ -18,14 +18,25 @@ shapes do not tell is as in SD-1.5: 8 heads in the UNet, 64 channels a head in t
 the image encoder, 32 groups. Give small networks --threads 1: threads that wait for each other on a busy
 machine cost more than they bring, and the last bits of the results depend on their number.
 
+--ref_img starts from a picture (image-to-image) and runs int(sampling_steps * strength) of the steps; with
+--ref_mask the white of the mask is repainted and the rest kept (inpainting with the UNet of 4 channels), to the
+pixel only with --paste_original. --controlnet, a file in the layout of diffusers, goes with a --control_image;
+give both again for several at once. It combines with the others, and --control_start and --control_end are
+fractions of the steps that run. These pictures are resized to W x H, whatever their sizes. Nothing is left to
+chance: the noise is always that of --latents, and the mode of the VAE's posterior takes the place of a sample.
+
 --modules FILE.npz holds, all float32: text_cond, text_uncond, pixel_values, image_embedding,
-image_tokens_cond, image_tokens_uncond, timestep (the first), unet_output (all pictures without the prompts,
-then with them, before guidance), latents (final, as the UNet has them), decoded (first picture, not clamped)
-and posterior_mean (of --img resized to H x W, not scaled).
+image_tokens_cond, image_tokens_uncond, timestep (the first of all steps, whatever --strength), unet_output (of
+the noise at this timestep: all pictures without the prompts, then with them, before guidance), latents (final,
+as the UNet has them), decoded (first picture, not clamped) and posterior_mean (of --img resized to H x W, not
+scaled). With --ref_img also ref_latents (of the picture as the pipeline has it, scaled). With --controlnet also
+control_down_0, control_down_1, ... and control_mid (of the first ControlNet, before --control_scale, for the
+inputs of unet_output without the image prompt) and unet_control_output (unet_output with these added, scaled).
 
 --timing prints one line of JSON. Weights are mapped into memory, so part of the reading happens at first use:
-in encode_seconds and in the first step, which seconds_per_step leaves out. total_seconds ends with the last
-picture written; it has neither the imports nor --modules in it, and peak_rss_bytes not --modules.
+in encode_seconds and in the first step, which seconds_per_step leaves out, as it does the encoding of --ref_img
+(unless there is no other step). total_seconds ends with the last picture written; it has neither the imports
+nor --modules in it, and peak_rss_bytes not --modules.
 """
 
 from __future__ import annotations
@@ -36,6 +47,7 @@ import json
 import math
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -45,8 +57,21 @@ import numpy as np
 import record_tokenizer
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders import single_file_utils as ldm
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import load_image
 from PIL import Image
 from safetensors import safe_open
@@ -61,10 +86,15 @@ from transformers import (
 
 NEGATIVE_PROMPT = "monochrome, lowres, bad anatomy, worst quality, low quality"
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+PIPELINES = {  # without and with ControlNet
+    "text": (StableDiffusionPipeline, StableDiffusionControlNetPipeline),
+    "image": (StableDiffusionImg2ImgPipeline, StableDiffusionControlNetImg2ImgPipeline),
+    "inpainting": (StableDiffusionInpaintPipeline, StableDiffusionControlNetInpaintPipeline),
+}
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; one --control_scale becomes as many as there are ControlNets."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sd", required=True, help="SD-1.5 in the original layout, .safetensors")
     parser.add_argument("--vae", help="VAE in the layout of diffusers, in place of the one in --sd")
@@ -79,13 +109,36 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sampling_steps", type=int, default=50)
     parser.add_argument("--H", type=int, default=512)
     parser.add_argument("--W", type=int, default=512)
+    parser.add_argument("--ref_img", help="picture to start from")
+    parser.add_argument("--strength", type=float, default=0.6, help="part of the steps run on --ref_img")
+    parser.add_argument("--ref_mask", help="picture, white where --ref_img is repainted")
+    parser.add_argument("--paste_original", action="store_true", help="keep the pixels --ref_mask keeps exactly")
+    parser.add_argument("--controlnet", action="append", default=[], help="diffusers layout; may be repeated")
+    parser.add_argument("--control_image", action="append", default=[], help="one for each --controlnet")
+    parser.add_argument("--control_scale", action="append", type=float, help="one for all or one each; 1.0")
+    parser.add_argument("--control_start", type=float, default=0.0, help="part of the steps before ControlNet")
+    parser.add_argument("--control_end", type=float, default=1.0, help="part of the steps at its end")
     parser.add_argument("--latents", required=True, help="noise, (pictures, 4, H/8, W/8), .npy")
     parser.add_argument("--output", type=Path, required=True, help="folder for 00000.png, 00001.png, ...")
     parser.add_argument("--modules", help="write results of single modules to this .npz")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--timing", action="store_true", help="print times and memory as JSON")
-    return parser.parse_args()
+    args = parser.parse_args()
+    scales, nets = args.control_scale or [1.0], len(args.controlnet)
+    args.control_scale = scales * nets if len(scales) == 1 else scales
+    mistakes = {
+        "--ref_mask needs --ref_img": args.ref_mask and not args.ref_img,
+        "--paste_original needs --ref_mask": args.paste_original and not args.ref_mask,
+        "--strength must be at most 1": args.strength > 1,
+        "--strength leaves no step": args.ref_img and int(args.sampling_steps * args.strength) < 1,
+        "--controlnet and --control_image must be as many": len(args.control_image) != nets,
+        "--control_scale must be one or as many as --controlnet": len(args.control_scale) != nets,
+    }
+    for mistake, made in mistakes.items():
+        if made:
+            parser.error(mistake)
+    return args
 
 
 def read(path: str, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -119,6 +172,21 @@ def count(weights: dict[str, torch.Tensor], pattern: str) -> int:
     return i
 
 
+def encoder_config(weights: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Read what a UNet and a ControlNet have in common off the weights of its encoder, named as in diffusers."""
+    levels = count(weights, "down_blocks.{}.resnets.0.conv1.weight")
+    attention = [f"down_blocks.{i}.attentions.0.norm.weight" in weights for i in range(levels)]
+    context = weights["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
+    return {
+        "in_channels": weights["conv_in.weight"].shape[1],
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
+        "block_out_channels": [len(weights[f"down_blocks.{i}.resnets.0.conv2.bias"]) for i in range(levels)],
+        "layers_per_block": count(weights, "down_blocks.0.resnets.{}.conv1.weight"),
+        "cross_attention_dim": context,
+        "attention_head_dim": 8,  # diffusers' name for the number of heads
+    }
+
+
 def load_unet(path: str, dtype: torch.dtype) -> UNet2DConditionModel:
     """Load the UNet of an original SD-1.5 file."""
     weights = read(path, ldm.LDM_UNET_KEY)
@@ -126,20 +194,23 @@ def load_unet(path: str, dtype: torch.dtype) -> UNet2DConditionModel:
     while f"{ldm.LDM_UNET_KEY}input_blocks.{layers + 1}.0.out_layers.3.weight" in weights:
         layers += 1
     weights = ldm.convert_ldm_unet_checkpoint(weights, {"layers_per_block": layers})
-    levels = count(weights, "down_blocks.{}.resnets.0.conv1.weight")
-    context = weights["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-    attention = [f"down_blocks.{i}.attentions.0.norm.weight" in weights for i in range(levels)]
-    config = {
-        "in_channels": weights["conv_in.weight"].shape[1],
-        "out_channels": weights["conv_out.weight"].shape[0],
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attention[::-1]],
-        "block_out_channels": [len(weights[f"down_blocks.{i}.resnets.0.conv2.bias"]) for i in range(levels)],
-        "layers_per_block": layers,
-        "cross_attention_dim": context,
-        "attention_head_dim": 8,  # diffusers' name for the number of heads
-    }
+    config = encoder_config(weights)
+    config["out_channels"] = weights["conv_out.weight"].shape[0]
+    config["up_block_types"] = [name.replace("Down", "Up") for name in config["down_block_types"][::-1]]
+    config["sample_size"] = 64  # of SD-1.5; two of the pipelines do not start without one, none uses it here
     return fill(UNet2DConditionModel, config, weights, dtype)
+
+
+def load_controlnet(path: str, dtype: torch.dtype) -> ControlNetModel:
+    """Load a ControlNet in the layout of diffusers."""
+    weights = read(path)
+    hint = "controlnet_cond_embedding"
+    pairs = count(weights, f"{hint}.blocks.{{}}.bias") // 2  # the second convolution of each widens
+    config = encoder_config(weights)
+    config["conditioning_channels"] = weights[f"{hint}.conv_in.weight"].shape[1]
+    names = [f"{hint}.conv_in.bias", *(f"{hint}.blocks.{2 * i + 1}.bias" for i in range(pairs))]
+    config["conditioning_embedding_out_channels"] = [len(weights[name]) for name in names]
+    return fill(ControlNetModel, config, weights, dtype)
 
 
 def load_vae(sd: str, vae: str | None, dtype: torch.dtype) -> AutoencoderKL:
@@ -211,7 +282,13 @@ def load_tokenizer(merges: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def build_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
+def pipeline_class(args: argparse.Namespace) -> type[DiffusionPipeline]:
+    """Choose the pipeline by the flags."""
+    task = "inpainting" if args.ref_mask else "image" if args.ref_img else "text"
+    return PIPELINES[task][bool(args.controlnet)]
+
+
+def build_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
     """Load all networks and hand the adapter to diffusers' own loader."""
     dtype = getattr(torch, args.dtype)
     image_encoder = load_image_encoder(args.image_encoder, dtype)
@@ -224,7 +301,8 @@ def build_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    pipe = StableDiffusionPipeline(
+    nets = [load_controlnet(path, dtype) for path in args.controlnet]
+    pipe = pipeline_class(args)(
         vae=load_vae(args.sd, args.vae, dtype),
         text_encoder=load_text_encoder(args.sd, dtype),
         tokenizer=load_tokenizer(args.tokenizer),
@@ -234,6 +312,7 @@ def build_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size),
         image_encoder=image_encoder,
         requires_safety_checker=False,
+        **({"controlnet": nets} if nets else {}),
     )
     adapter = {"image_proj": {}, "ip_adapter": {}}
     for name, value in read(args.ip_adapter).items():
@@ -259,7 +338,54 @@ def load_latents(args: argparse.Namespace) -> torch.Tensor:
     return latents
 
 
-def encode(pipe: StableDiffusionPipeline, args: argparse.Namespace, guided: bool) -> dict[str, object]:
+def leave_nothing_to_chance(pipe: DiffusionPipeline, noise: torch.Tensor) -> None:
+    """Make `pipe` draw exactly this noise, and the VAE's posterior its mode.
+
+    The noise cannot be handed over as an argument: image-to-image takes none, and inpainting then ignores the
+    strength.
+    """
+
+    def randn_tensor(shape: tuple[int, ...], **options) -> torch.Tensor:
+        if shape != noise.shape:
+            raise ValueError(f"The pipeline draws noise of {tuple(shape)}, not {tuple(noise.shape)}")
+        return noise
+
+    sys.modules[type(pipe).__module__].randn_tensor = randn_tensor
+    DiagonalGaussianDistribution.sample = lambda posterior, generator=None: posterior.mode()
+
+
+def load_reference(pipe: DiffusionPipeline, args: argparse.Namespace) -> Image.Image:
+    """Read --ref_img and resize it as diffusers does."""
+    return pipe.image_processor.resize(load_image(args.ref_img), args.H, args.W)
+
+
+def pictures_in(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, object]:
+    """Read the reference, its mask and the control images, with their settings, into arguments of the pipeline."""
+    arguments = {}
+    if args.ref_img:  # resized, as StableDiffusionImg2ImgPipeline ignores height and width
+        arguments.update(image=load_reference(pipe, args), strength=args.strength)
+    if args.ref_mask:
+        arguments["mask_image"] = load_image(args.ref_mask)
+    if args.controlnet:
+        arguments["control_image" if args.ref_img else "image"] = [load_image(path) for path in args.control_image]
+        arguments["controlnet_conditioning_scale"] = args.control_scale
+        arguments["control_guidance_start"] = args.control_start
+        arguments["control_guidance_end"] = args.control_end
+    return arguments
+
+
+def paste_original(
+    pipe: StableDiffusionInpaintPipeline | StableDiffusionControlNetInpaintPipeline,
+    args: argparse.Namespace,
+    pictures: list[Image.Image],
+) -> list[Image.Image]:
+    """Put the pixels of the reference back where the mask is black."""
+    mask = pipe.mask_processor.preprocess(load_image(args.ref_mask), args.H, args.W)[0].permute(1, 2, 0).numpy() >= 0.5
+    reference = np.asarray(load_reference(pipe, args))
+    return [Image.fromarray(np.where(mask, np.asarray(picture), reference)) for picture in pictures]
+
+
+def encode(pipe: DiffusionPipeline, args: argparse.Namespace, guided: bool) -> dict[str, object]:
     """Encode both prompts and the picture into arguments of the pipeline.
 
     Without guidance there is no negative prompt, and the image embedding stands alone.
@@ -271,7 +397,7 @@ def encode(pipe: StableDiffusionPipeline, args: argparse.Namespace, guided: bool
 
 
 def sample(
-    pipe: StableDiffusionPipeline, args: argparse.Namespace, prompts: dict[str, object], latents: torch.Tensor
+    pipe: DiffusionPipeline, args: argparse.Namespace, prompts: dict[str, object], pictures: int
 ) -> tuple[torch.Tensor, float]:
     """Run the DDIM steps; return the final latents and the median time of the steps after the first."""
     ends = []
@@ -283,8 +409,8 @@ def sample(
     start = time.perf_counter()
     final = pipe(
         **prompts,
-        latents=latents,
-        num_images_per_prompt=len(latents),
+        **pictures_in(pipe, args),
+        num_images_per_prompt=pictures,
         num_inference_steps=args.sampling_steps,
         guidance_scale=args.scale,
         height=args.H,
@@ -296,8 +422,33 @@ def sample(
     return final, float(statistics.median(steps))
 
 
+def control_modules(
+    pipe: DiffusionPipeline, args: argparse.Namespace, inputs: tuple[torch.Tensor, ...], image: dict[str, object]
+) -> dict[str, torch.Tensor]:
+    """Run the first ControlNet, and the UNet with what it gives.
+
+    Args:
+        pipe: Pipeline with ControlNets.
+        args: Command line.
+        inputs: Latents, timestep and text embeddings.
+        image: The image prompt for the UNet.
+    """
+    hint = pipe.control_image_processor.preprocess(load_image(args.control_image[0]), args.H, args.W)
+    hint = hint.to(inputs[0].dtype).expand(len(inputs[0]), -1, -1, -1)
+    down, mid = pipe.controlnet.nets[0](*inputs, hint, return_dict=False)
+    scale = args.control_scale[0]
+    output = pipe.unet(
+        *inputs,
+        added_cond_kwargs=image,
+        down_block_additional_residuals=[value * scale for value in down],
+        mid_block_additional_residual=mid * scale,
+    ).sample
+    tensors = {f"control_down_{i}": value for i, value in enumerate(down)}
+    return {**tensors, "control_mid": mid, "unet_control_output": output}
+
+
 def record_modules(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     args: argparse.Namespace,
     noise: torch.Tensor,
     results: dict[str, torch.Tensor],
@@ -308,12 +459,12 @@ def record_modules(
     image = prompts["ip_adapter_image_embeds"]
     uncond, cond = pipe.unet.encoder_hid_proj(image)[0].flatten(1, 2).chunk(2)
     pipe.scheduler.set_timesteps(args.sampling_steps)
-    unet_output = pipe.unet(
+    inputs = (
         torch.cat([noise] * 2),
         pipe.scheduler.timesteps[0],
-        encoder_hidden_states=torch.cat([negative, text]).repeat_interleave(len(noise), 0),
-        added_cond_kwargs={"image_embeds": [image[0].repeat_interleave(len(noise), 0)]},
-    ).sample
+        torch.cat([negative, text]).repeat_interleave(len(noise), 0),
+    )
+    image_prompt = {"image_embeds": [image[0].repeat_interleave(len(noise), 0)]}
     picture = load_image(args.img)
     resized = np.asarray(picture.resize((args.W, args.H), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
     posterior = pipe.vae.encode(torch.from_numpy(resized).permute(2, 0, 1)[None].to(noise.dtype)).latent_dist
@@ -326,9 +477,14 @@ def record_modules(
         "image_tokens_cond": cond,
         "image_tokens_uncond": uncond,
         "timestep": pipe.scheduler.timesteps[0],
-        "unet_output": unet_output,
+        "unet_output": pipe.unet(*inputs, added_cond_kwargs=image_prompt).sample,
         "posterior_mean": posterior.mean,
     }
+    if args.ref_img:
+        reference = pipe.image_processor.preprocess(load_reference(pipe, args)).to(noise.dtype)
+        tensors["ref_latents"] = pipe.vae.config.scaling_factor * pipe.vae.encode(reference).latent_dist.mode()
+    if args.controlnet:
+        tensors.update(control_modules(pipe, args, inputs, image_prompt))
     np.savez(args.modules, **{name: value.float().numpy() for name, value in tensors.items()})
 
 
@@ -341,15 +497,19 @@ def main() -> None:
     noise = load_latents(args)
     marks = [time.perf_counter()]
     pipe = build_pipeline(args)
+    leave_nothing_to_chance(pipe, noise)
     marks.append(time.perf_counter())
     prompts = encode(pipe, args, guided=args.scale > 1)
     marks.append(time.perf_counter())
-    latents, seconds_per_step = sample(pipe, args, prompts, noise)
+    latents, seconds_per_step = sample(pipe, args, prompts, len(noise))
     marks.append(time.perf_counter())
     decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
     marks.append(time.perf_counter())
     args.output.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pipe.image_processor.postprocess(decoded, output_type="pil")):
+    pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
+    if args.paste_original:
+        pictures = paste_original(pipe, args, pictures)
+    for i, picture in enumerate(pictures):
         picture.save(args.output / f"{i:05d}.png")
     if args.timing:
         times = {
