@@ -5,17 +5,8 @@ python image_inpainting_sd.py --img girl.png --ref_img image.png --ref_mask mask
 from __future__ import annotations
 
 import numpy as np
-from mindspore import Tensor
 
-from ip_adapter.cli import (
-    add_picture,
-    boolean,
-    config_from,
-    execute,
-    in_range,
-    inference_parser,
-    start,
-)
+from ip_adapter.cli import add_picture, boolean, config_from, execute, in_range, inference_parser, start
 from ip_adapter.inputs import open_inputs
 from ip_adapter.preprocess import latent_mask, latent_pixels, paste
 from ip_adapter.run import open_run
@@ -47,11 +38,11 @@ def main(argv: list | None = None) -> None:
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps, args.strength)
     run, model = open_run(args, config)
     schedule, clean = model.diffusion.schedule, model.diffusion.encode_image(latent_pixels(inputs.reference))
-    mask = Tensor(latent_mask(inputs.mask))
 
-    def sample(denoise, noise: Tensor):
+    def sample(denoise, noise):
         x = noise if args.strength == 1 else schedule.add_noise(clean, noise, timesteps[0])
-        return sample_ddim(denoise, x, timesteps, schedule, KeptRegion(clean, noise, mask, schedule))
+        keep = KeptRegion(clean, noise, latent_mask(inputs.mask), schedule)
+        return sample_ddim(denoise, x, timesteps, schedule, keep)
 
     def finish(pictures: np.ndarray) -> np.ndarray:
         return paste(pictures, inputs.reference, inputs.mask, args.mask_blur) if args.paste_original else pictures

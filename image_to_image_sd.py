@@ -4,16 +4,7 @@ python image_to_image_sd.py --img river.png --ref_img vermeer.jpg --strength 0.6
 """
 from __future__ import annotations
 
-from mindspore import Tensor
-
-from ip_adapter.cli import (
-    add_picture,
-    config_from,
-    execute,
-    in_range,
-    inference_parser,
-    start,
-)
+from ip_adapter.cli import add_picture, config_from, execute, in_range, inference_parser, start
 from ip_adapter.inputs import open_inputs
 from ip_adapter.preprocess import latent_pixels
 from ip_adapter.run import open_run
@@ -35,7 +26,7 @@ def main(argv: list | None = None) -> None:
     run, model = open_run(args, config)
     schedule, clean = model.diffusion.schedule, model.diffusion.encode_image(latent_pixels(inputs.reference))
 
-    def sample(denoise, noise: Tensor):
+    def sample(denoise, noise):
         x = schedule.add_noise(clean, noise, timesteps[0])
         return sample_ddim(denoise, x, timesteps, schedule)
 

@@ -3,3 +3,5 @@
 Here belong networks, their names on disk, schedules and samplers of the DDPM kind, the device. What only SDXL has
 belongs to `gm`; image prompts, command lines and training belong to `ip_adapter`. Nothing here imports either.
 """
+
+import ldm.device  # noqa: F401  (first: it sets what MindSpore reads when it is imported)

@@ -50,7 +50,7 @@ class KeptRegion:
     Args:
         clean: (1, C, H, W) float32 latents of the original.
         noise: (B, C, H, W) float32, that the sampling started from.
-        mask: (1, 1, H, W) float32, 1 where it is repainted, 0 where it is kept.
+        mask: (1, 1, H, W) float32 array, 1 where it is repainted, 0 where it is kept.
         schedule: the noise schedule.
 
     Source:
@@ -58,8 +58,8 @@ class KeptRegion:
         UNets with 4 input channels.
     """
 
-    def __init__(self, clean: Tensor, noise: Tensor, mask: Tensor, schedule: NoiseSchedule = NoiseSchedule()):
-        self.clean, self.noise, self.mask, self.schedule = clean, noise, mask, schedule
+    def __init__(self, clean: Tensor, noise: Tensor, mask: np.ndarray, schedule: NoiseSchedule = NoiseSchedule()):
+        self.clean, self.noise, self.mask, self.schedule = clean, noise, Tensor(mask), schedule
 
     def __call__(self, x: Tensor, timestep: int | None) -> Tensor:
         """x after a step, with the kept part as noisy as the next timestep has it; clean if there is none."""

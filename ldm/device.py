@@ -10,7 +10,7 @@ import os
 # MindSpore prints operator fallbacks as warnings; they are no news to somebody who wants a picture.
 os.environ.setdefault("GLOG_v", "3")
 
-import mindspore as ms  # noqa: E402  (GLOG_v is read at import)
+import mindspore as ms  # noqa: E402  (GLOG_v is read at import, so `ldm` imports this module first)
 
 from ldm.errors import UserError  # noqa: E402
 

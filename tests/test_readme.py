@@ -6,6 +6,7 @@ import shlex
 import shutil
 
 import pytest
+from PIL import Image
 
 from ldm.checkpoint_file import save_arrays
 from tests.conftest import DATA, ROOT, arrays, shell
@@ -19,7 +20,15 @@ DOCUMENT = [
     "python tools/merge_ckpts_sd.py --ip_adpater runs/ckpt/sd-2000.ckpt --out runs/ckpt/sd-2000_full.ckpt",
     "python tools/merge_ckpts_sd.py -h",
     "python image_variation_sd.py --img assets/woman.png --ckpt_path runs/ckpt/sd-2000_full.ckpt --n_samples 4",
+    "python image_to_image_sd.py --img assets/river.png --ref_img assets/vermeer.jpg",
+    "python image_inpainting_sd.py --img assets/girl.png --ref_img assets/inpainting/image.png "
+    "--ref_mask assets/inpainting/mask.png --ckpt_path runs/ckpt/sd-2000_full.ckpt --n_samples 4 --strength 0.7",
+    "python controlnet_sd.py --img assets/statue.png --control_img assets/structure_controls/depth.png",
+    "python controlnet_sd.py --img assets/girl.png --control_img assets/structure_controls/openpose.png",
 ]
+PICTURES = {"woman.png": "input.png", "river.png": "input.png", "vermeer.jpg": "input.png", "girl.png": "input.png",
+            "statue.png": "input.png", "inpainting/image.png": "input.png", "inpainting/mask.png": "mask.png",
+            "structure_controls/depth.png": "hint.png", "structure_controls/openpose.png": "hint.png"}
 SMALL = " --H 64 --W 64 --sampling_steps 2"  # what is printed makes 512x512 in 50 steps
 
 
@@ -29,19 +38,23 @@ def workplace(standins, merged, tmp_path_factory):
     folder = tmp_path_factory.mktemp("workplace")
     models = folder / "checkpoints" / "sd_models"
     shutil.copytree(standins["sd"].parent, models)
-    (folder / "assets").mkdir()
-    shutil.copy(DATA / "input.png", folder / "assets" / "woman.png")
+    for name, source in PICTURES.items():
+        path = folder / "assets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(DATA / source).convert("RGB").save(path)
+    shutil.copy(standins["controlnet"], models / "control_v11p_sd15_canny.safetensors")
+    shutil.copy(standins["ip_adapter"], models / "IP-Adapter" / "ip-adapter_sd15_light.safetensors")
     adapter = {name: value for name, value in arrays(merged).items() if "_ip." in name or "image_proj" in name}
     save_arrays(folder / "runs" / "ckpt" / "sd-2000.ckpt", adapter)
-    for name in ("tools", "image_variation_sd.py"):
-        (folder / name).symlink_to(ROOT / name)
+    for script in [ROOT / "tools", *ROOT.glob("*_sd.py")]:
+        (folder / script.name).symlink_to(script)
     return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS + DOCUMENT)
 def test_command(workplace, command):
     """In the order of the page: each finds what those before it made."""
-    small = SMALL if "image_variation" in command else ""
+    small = "" if "tools/" in command or command.endswith(" -h") else SMALL
     result = shell(*shlex.split(command + small), cwd=workplace)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
@@ -49,7 +62,9 @@ def test_command(workplace, command):
 
 def test_outputs_are_where_the_page_says(workplace):
     assert (workplace / "checkpoints/sd_models/merged/sd_v1.5_ip_adapter.ckpt.sha256").exists()
-    assert len(list((workplace / "outputs/demo/SD/samples").glob("*.png"))) == 16
+    runs = sum(command.startswith("python ") and "_sd.py --img" in command for command in COMMANDS + DOCUMENT)
+    assert len(list((workplace / "outputs/demo/SD/samples").glob("*.png"))) == 4 * runs
+    assert len(list((workplace / "outputs/demo/SD").glob("canny-*.png"))) == 2
     assert (workplace / "outputs/demo/SD/grid-00000.png").exists()
 
 

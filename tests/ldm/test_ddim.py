@@ -96,12 +96,13 @@ def test_the_kept_region_is_as_noisy_as_the_step_and_clean_at_the_end():
     mask = np.zeros((1, 1, 3, 5))
     mask[:, :, 1:, 2:] = 1
     kept = np.broadcast_to(mask == 0, noise.shape)
-    keep = KeptRegion(clean, noise, mask, schedule)
+    clean, noise, mask = (Tensor(array.astype(np.float32)) for array in (clean, noise, mask))
+    keep = KeptRegion(clean, noise, mask.asnumpy(), schedule)
     x = schedule.add_noise(clean, noise, timesteps[0])
-    states = list(sample_ddim(lambda x, t: np.ones_like(x), x, timesteps, schedule, keep))
-    free = list(sample_ddim(lambda x, t: np.ones_like(x), x, timesteps, schedule))
+    states = [state.asnumpy() for state in sample_ddim(lambda x, t: x * 0.5, x, timesteps, schedule, keep)]
+    free = [state.asnumpy() for state in sample_ddim(lambda x, t: x * 0.5, x, timesteps, schedule)]
     for i, state in enumerate(states):
-        expected = np.broadcast_to(clean, noise.shape) if i == len(states) - 1 else schedule.add_noise(
-            clean, noise, timesteps[i + 1])
+        last = i == len(states) - 1
+        expected = (clean + noise * 0 if last else schedule.add_noise(clean, noise, timesteps[i + 1])).asnumpy()
         np.testing.assert_array_equal(state[kept], expected[kept])
         np.testing.assert_allclose(state[~kept], free[i][~kept])
