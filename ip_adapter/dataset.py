@@ -1,0 +1,348 @@
+"""Training data: pictures with captions, their order, the randomness of each sample, and batches made ahead.
+
+All of it follows from the seed and a sample's position in the endless stream, so neither the batch size nor the number
+of devices nor an interruption changes what is seen.
+"""
+from __future__ import annotations
+
+import csv
+import functools
+import itertools
+import logging
+import threading
+from array import array
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ip_adapter.preprocess import MAX_PIXELS, clip_pixels, latent_pixels, open_image
+from ldm.errors import UserError
+from ldm.schedule import TRAIN_STEPS
+
+CSV_NAME = "img_txt.csv"
+COLUMNS = ("dir", "text")
+
+log = logging.getLogger(__name__)
+
+
+class Sample(NamedTuple):
+    """One picture with its caption."""
+
+    pixels: np.ndarray  # (3, size, size) float32 in [-1, 1], for the autoencoder
+    clip_pixels: np.ndarray  # (3, 224, 224) float32, the whole picture for CLIP's image encoder
+    text: str
+    original_size: tuple  # (height, width) in pixels before resizing
+    crop: tuple  # (top, left) of `pixels` in the resized picture
+    index: int  # the row really used
+
+
+class Batch(NamedTuple):
+    """The samples of one step on one device."""
+
+    step: int
+    positions: np.ndarray  # (B,) int64, places in the stream: they decide the random numbers, see `draws`
+    pixels: np.ndarray  # (B, 3, size, size) float32 in [-1, 1]
+    clip_pixels: np.ndarray  # (B, 3, 224, 224) float32
+    texts: list
+    original_sizes: np.ndarray  # (B, 2) int64, height and width
+    crops: np.ndarray  # (B, 2) int64, top and left
+    rows: np.ndarray  # (B,) int64, the rows really used
+
+
+class Draw(NamedTuple):
+    """The random numbers of one training sample, see `draws`."""
+
+    timestep: int  # 0 to 999
+    noise: np.ndarray  # (C, H, W) float32 standard normal, to be added to the latent
+    posterior: np.ndarray  # (C, H, W) float32 standard normal, to sample the autoencoder's posterior
+    drop_image: bool  # train with the unconditional picture tokens
+    drop_text: bool  # train with an empty caption
+
+
+class Strings:
+    """Many texts in little memory: one buffer of UTF-8, and where each text ends."""
+
+    def __init__(self):
+        self._bytes, self._ends = bytearray(), array("q", [0])
+
+    def append(self, text: str) -> None:
+        """Add one text at the end."""
+        self._bytes += text.encode()
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        return self._bytes[self._ends[i]:self._ends[i + 1]].decode()
+
+
+def find_csv(path: Path, flag: str) -> Path:
+    """The CSV file of a data set: `img_txt.csv` in a folder, or the .csv file given.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = path / CSV_NAME if path.is_dir() else path
+    if not file.is_file() or file.suffix.lower() != ".csv":
+        found = "neither a folder nor a .csv file" if path.exists() else "no such file or folder"
+        found = f"holds no {CSV_NAME}" if path.is_dir() else found
+        raise UserError(f"{flag} {path}: {found}; give a folder with pictures and {CSV_NAME}, or a .csv file")
+    return file
+
+
+def read_csv(path: Path, flag: str) -> tuple:
+    """The columns `dir` and `text` of a CSV file in UTF-8, as two `Strings`; a missing caption is an empty text.
+
+    Every row is checked: pandas drops surplus fields, such as the rest of a caption whose comma is not quoted, without
+    a word.
+
+    Raises:
+        UserError: not a CSV file, empty, a column is missing, a row is malformed, or none names a picture.
+    """
+    columns, name = (Strings(), Strings()), f"{flag} {path}"
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file, strict=True)
+            header = next(rows, None)
+            if header is None:
+                raise UserError(f"{name}: is empty; expected the columns {','.join(COLUMNS)}")
+            if not set(COLUMNS) <= set(header):
+                raise UserError(f"{name}: has the columns {', '.join(map(repr, header[:10]))}; expected "
+                                f"{','.join(COLUMNS)} in the first line")
+            places = [header.index(column) for column in COLUMNS]
+            for row in filter(None, rows):  # a blank line is no row
+                if len(row) > len(header):
+                    raise UserError(f"{name}: line {rows.line_num} has {len(row)} fields, expected {len(header)}; put "
+                                    "captions with commas in double quotes")
+                for strings, place in zip(columns, places):
+                    strings.append(row[place] if place < len(row) else "")
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{name}: cannot be read ({error}); expected CSV in UTF-8, captions with commas in double "
+                        "quotes") from None
+    if not any(columns[0]):
+        raise UserError(f"{name}: none of its {len(columns[0])} rows names a picture in the column dir; "
+                        f"expected paths relative to {path.parent}")
+    return columns
+
+
+class ImageTextDataset:
+    """Pictures with captions, from a folder with `img_txt.csv`; pictures are opened when they are asked for.
+
+    Args:
+        folder: with the pictures and the CSV file, or the path of a .csv file among its pictures.
+        size: side of the square that is trained on, in pixels.
+        random_crop: draw the place of the square instead of taking the centre.
+        max_broken: so many pictures that cannot be read are skipped.
+        flag: the flag that named the folder, for messages.
+
+    Raises:
+        UserError: no CSV file, or it cannot be used.
+    """
+
+    def __init__(self, folder, size: int, random_crop: bool = False, max_broken: int = 100, flag: str = "--data_path"):
+        self.size, self.random_crop, self.max_broken, self.flag = size, random_crop, max_broken, flag
+        self.csv = find_csv(Path(folder), flag)
+        self._paths, self._texts = read_csv(self.csv, flag)
+        self._broken, self._lock = set(), threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def text(self, i: int) -> str:
+        """The caption of row `i`."""
+        return self._texts[i]
+
+    def path(self, i: int) -> Path:
+        """Where the picture of row `i` is."""
+        return self.csv.parent / self._paths[i]
+
+    def picture(self, i: int) -> Image.Image:
+        """The picture of row `i`, whole, 8-bit RGB.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return open_image(self.path(i), f"{self.flag}, row {i + 1}:")
+
+    def sample(self, i: int, rng: np.random.Generator) -> Sample:
+        """Row `i` for training or, if its picture cannot be read, the next row whose picture can, wrapping round.
+
+        Args:
+            i: row, from 0.
+            rng: draws the place of the crop.
+
+        Raises:
+            UserError: more than `max_broken` pictures cannot be read, or none can.
+        """
+        for row in itertools.chain(range(i, len(self)), range(i)):
+            if row not in self._broken:
+                try:
+                    return self._read(row, rng)
+                except (UserError, OSError) as error:  # OSError: a name too long, no permission
+                    self._skip(row, error)
+        raise UserError(f"{self.flag} {self.csv}: none of its {len(self)} pictures can be read, see the warnings; "
+                        f"expected paths relative to {self.csv.parent}")
+
+    def _read(self, row: int, rng: np.random.Generator) -> Sample:
+        image = self.picture(row)
+        clipped, crop = square(image, self.size, rng if self.random_crop else None, f"{self.flag} {self.path(row)}")
+        return Sample(latent_pixels(clipped)[0], clip_pixels(image), self.text(row), image.size[::-1], crop, row)
+
+    def _skip(self, row: int, error: Exception) -> None:
+        """Remember and report a broken row, once however many threads meet it."""
+        with self._lock:
+            if row not in self._broken:
+                self._broken.add(row)
+                log.warning("skipped: %s", error)
+            if len(self._broken) > self.max_broken:
+                raise UserError(f"{self.flag} {self.csv}: {len(self._broken)} pictures cannot be read, more than "
+                                f"--max_broken {self.max_broken}; mend them or allow more; the last: {error}")
+
+
+def square(image: Image.Image, size: int, rng: np.random.Generator | None, name: str) -> tuple:
+    """Resize the shortest edge to `size` (bicubic on 8-bit pixels, as `clip_pixels`) and crop a square.
+
+    Args:
+        image: 8-bit RGB.
+        size: in pixels.
+        rng: draws the place of the square; the centre without.
+        name: of the picture, for messages.
+
+    Returns:
+        The square, and its (top, left) in the resized picture.
+
+    Raises:
+        UserError: the picture is so narrow that it would become absurdly long.
+    """
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name}: {image.width} x {image.height} pixels are too narrow, resized they would be "
+                        f"{width} x {height}")
+    image = image.resize((width, height), Image.BICUBIC)
+    top, left = (height - size) // 2, (width - size) // 2
+    if rng is not None:
+        top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
+    return image.crop((left, top, left + size, top + size)), (top, left)
+
+
+class Stream:
+    """The endless order of samples, cut into batches; resuming needs the number of the step only.
+
+    Position k is entry k % length of the permutation of epoch k // length, so every row is seen once an epoch and all
+    batches are full. A step takes batch * ranks positions, each rank its own `batch` of them: two ranks see together,
+    in this order, what one rank with twice the batch sees.
+
+    Args:
+        length: number of rows.
+        batch: samples a step on one rank.
+        seed: of the permutations, 0 or more.
+        ranks: number of devices.
+        rank: this device, from 0.
+        shuffle: rows come in their own order without.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int, ranks: int = 1, rank: int = 0, shuffle: bool = True):
+        assert length > 0 and batch > 0 and 0 <= rank < ranks, (length, batch, rank, ranks)
+        self.length, self.batch, self.ranks, self.rank, self.shuffle = length, batch, ranks, rank, shuffle
+        self._order = functools.lru_cache(maxsize=2)(  # two: a batch may lie across the border of epochs
+            lambda epoch: np.random.default_rng([seed, epoch, 2]).permutation(length))
+
+    def positions(self, step: int) -> np.ndarray:
+        """(batch,) int64: this rank's places in the stream."""
+        return (step * self.ranks + self.rank) * self.batch + np.arange(self.batch, dtype=np.int64)
+
+    def rows(self, step: int) -> np.ndarray:
+        """(batch,) int64: the rows at these places."""
+        epochs, rows = np.divmod(self.positions(step), self.length)
+        if self.shuffle:
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                rows[here] = self._order(int(epoch))[rows[here]]
+        return rows
+
+
+def draws(seed: int, position: int, shape: tuple, p_image: float = 0.05, p_text: float = 0.05,
+          p_both: float = 0.05) -> Draw:
+    """All random numbers of one training sample; they depend on seed and position only.
+
+    They are drawn in this order: timestep, the one uniform number that decides what is dropped, noise, posterior; so
+    timestep and drops are the same for latents of any size.
+
+    Args:
+        seed: 0 or more.
+        position: of the sample in the stream.
+        shape: (C, H, W) of a latent.
+        p_image: share of samples that lose the picture only.
+        p_text: share that loses the text only.
+        p_both: share that loses both.
+
+    Source:
+        tencent-ailab/IP-Adapter: tutorial_train.py, for the one draw and its order; the random streams are ours.
+    """
+    rng = np.random.default_rng([seed, position])
+    timestep, u = int(rng.integers(TRAIN_STEPS)), rng.random()
+    noise, posterior = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    kind = np.searchsorted(np.cumsum([p_image, p_text, p_both]), u, "right")  # 0 image, 1 text, 2 both, 3 nothing
+    return Draw(timestep, noise, posterior, drop_image=kind in (0, 2), drop_text=kind in (1, 2))
+
+
+def samples_of(dataset: ImageTextDataset, seed: int) -> Callable[[int, int], Sample]:
+    """How `Loader` makes samples from pictures: (row, position) -> Sample, crops drawn independently of `draws`."""
+    return lambda row, position: dataset.sample(row, np.random.default_rng([seed, position, 1]))
+
+
+def stack(step: int, positions: np.ndarray, samples: list[Sample]) -> Batch:
+    """Put samples together."""
+    pixels, clips, texts, sizes, crops, rows = zip(*samples)
+    return Batch(step, positions, np.stack(pixels), np.stack(clips), list(texts), np.array(sizes, np.int64),
+                 np.array(crops, np.int64), np.array(rows, np.int64))
+
+
+class Loader:
+    """Batches in order, without end, made by threads ahead of need. A context manager, and an iterable to use once.
+
+    Args:
+        stream: which samples.
+        make: (row, position) -> one sample; called in several threads.
+        start: step of the first batch.
+        workers: number of threads.
+        ahead: batches under way or ready while one is used.
+        collate: (step, positions, samples) -> batch.
+    """
+
+    def __init__(self, stream: Stream, make: Callable, start: int = 0, workers: int = 2, ahead: int = 2,
+                 collate: Callable = stack):
+        self.stream, self.make, self.start, self.ahead, self.collate = stream, make, start, ahead, collate
+        self._pool, self._closed = ThreadPoolExecutor(workers, "loader"), False
+
+    def __iter__(self) -> Iterator:
+        """The batches; what a thread raises is raised here, when its batch is due."""
+        waiting = deque()
+        try:
+            for step in itertools.count(self.start):
+                positions = self.stream.positions(step)
+                waiting.append((step, positions, [
+                    self._pool.submit(self.make, int(row), int(position))
+                    for row, position in zip(self.stream.rows(step), positions)]))
+                if len(waiting) > self.ahead:
+                    step, positions, futures = waiting.popleft()
+                    yield self.collate(step, positions, [future.result() for future in futures])
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Drop what is not begun and wait for what is, a sample for each thread at most."""
+        if not self._closed:  # a forgotten iterator calls this again when Python exits, which the pool does not take
+            self._closed = True
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()

@@ -1,0 +1,255 @@
+"""One training step: the loss, AdamW with loss scale, clipping and averages, compiled together into one graph."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from ip_adapter.image_prompt import ImageProjModel
+from ldm.modules.unet import UNetModel
+
+
+class NoisePredictionLoss(nn.Cell):
+    """Mean squared error of the noise a UNet predicts from text and image tokens.
+
+    Source:
+        IP-Adapter (arXiv 2308.06721), eq. 6.
+    """
+
+    def __init__(self, unet: UNetModel, image_proj: ImageProjModel):
+        super().__init__(auto_prefix=False)
+        self.unet, self.image_proj = unet, image_proj
+
+    def construct(self, x: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, embedding: Tensor) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            x: (B, 4, H, W) float32 noisy latents.
+            timesteps: (B,) float32.
+            noise: (B, 4, H, W) float32, what was added.
+            text: (B, T, D) float32 text tokens.
+            embedding: (B, E) float32 image embeddings, zero where the picture is dropped.
+
+        Returns:
+            () float32.
+        """
+        context = ops.concat((text, self.image_proj(embedding)), 1)
+        return ops.square(self.unet(x, timesteps, context) - noise).mean()
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Settings of `AdamW`.
+
+    Attributes:
+        beta1: decay of the mean of the gradients.
+        beta2: decay of the mean of their squares.
+        epsilon: added to the root of the latter.
+        weight_decay: decoupled from the gradient.
+        max_grad_norm: gradients whose norm over all parameters is larger are scaled down to it; 0 for never.
+        ema_decay: decay of the average of the parameters; 0 for no average.
+        loss_scale: what the loss is multiplied by, so that small float16 gradients do not vanish; 1 for float32.
+        loss_scale_factor: by which the scale falls after an overflow, and rises after `scale_window` good steps.
+        scale_window: steps; 0 keeps the scale as it is.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float = 0.0
+    ema_decay: float = 0.0
+    loss_scale: float = 1.0
+    loss_scale_factor: float = 2.0
+    scale_window: int = 0
+
+
+class AdamW(nn.Cell):
+    """AdamW with bias correction; a step whose gradients overflow is skipped and the loss scale lowered.
+
+    Everything it remembers is a parameter, so that a graph can change it and a file can hold it.
+
+    Args:
+        parameters: name -> parameter that trains, float32.
+        config: settings.
+
+    Source:
+        arXiv 1711.05101, algorithm 2.
+    """
+
+    def __init__(self, parameters: dict, config: OptimizerConfig = OptimizerConfig()):
+        super().__init__(auto_prefix=False)
+        self.config, self.names = config, list(parameters)
+        self.parameters = ParameterTuple(parameters.values())
+        self.mean = self._zeros("mean")
+        self.square = self._zeros("square")
+        self.average = self._zeros("average") if config.ema_decay else ()
+        for average, parameter in zip(self.average, self.parameters):
+            average.set_data(Tensor(parameter.asnumpy()))
+        self.updates = _scalar(0.0, "updates")
+        self.loss_scale = _scalar(config.loss_scale, "loss_scale")
+        self.good_steps = _scalar(0.0, "good_steps")
+
+    def _zeros(self, kind: str) -> ParameterTuple:
+        return ParameterTuple([Parameter(Tensor(np.zeros(p.shape, np.float32)), f"{kind}.{name}", requires_grad=False)
+                               for name, p in zip(self.names, self.parameters)])
+
+    def construct(self, gradients: tuple, learning_rate: Tensor) -> Tensor:
+        """Update all parameters.
+
+        Args:
+            gradients: of the loss times `loss_scale`, one for each parameter.
+            learning_rate: () float32.
+
+        Returns:
+            () bool, whether the gradients were finite and the step was made.
+        """
+        c = self.config
+        total, unscaled = 0.0, []
+        for gradient in gradients:
+            gradient = gradient / self.loss_scale
+            unscaled.append(gradient)
+            total = total + ops.square(gradient).sum()
+        finite = ops.isfinite(total)
+        shrink = ops.minimum(c.max_grad_norm / (ops.sqrt(total) + 1e-6), 1.0) if c.max_grad_norm > 0 else 1.0
+        updates = self.updates + finite.astype(ms.float32)
+        # 1 - beta ** updates, without the cancellation it would suffer in float32
+        correct1, correct2 = -ops.expm1(updates * math.log(c.beta1)), -ops.expm1(updates * math.log(c.beta2))
+        for i in range(len(self.names)):
+            gradient, old = unscaled[i] * shrink, self.parameters[i]
+            mean = c.beta1 * self.mean[i] + (1 - c.beta1) * gradient
+            square = c.beta2 * self.square[i] + (1 - c.beta2) * ops.square(gradient)
+            direction = (mean / correct1) / (ops.sqrt(square / correct2) + c.epsilon) + c.weight_decay * old
+            new = ops.where(finite, old - learning_rate * direction, old)
+            ops.assign(self.mean[i], ops.where(finite, mean, self.mean[i]))
+            ops.assign(self.square[i], ops.where(finite, square, self.square[i]))
+            if c.ema_decay > 0:
+                average = c.ema_decay * self.average[i] + (1 - c.ema_decay) * new
+                ops.assign(self.average[i], ops.where(finite, average, self.average[i]))
+            ops.assign(old, new)
+        ops.assign(self.updates, updates)
+        if c.scale_window > 0:
+            self._rescale(finite)
+        return finite
+
+    def _rescale(self, finite: Tensor) -> None:
+        c, good = self.config, self.good_steps + 1.0
+        full = good >= c.scale_window
+        risen = ops.where(full, self.loss_scale * c.loss_scale_factor, self.loss_scale)
+        fallen = ops.maximum(self.loss_scale / c.loss_scale_factor, 1.0)
+        ops.assign(self.loss_scale, ops.where(finite, risen, fallen))
+        ops.assign(self.good_steps, ops.where(ops.logical_and(finite, ops.logical_not(full)), good, 0.0 * good))
+
+    def state(self) -> dict:
+        """Name -> array: the parameters and all that the next step depends on."""
+        arrays = {f"parameter.{name}": p.asnumpy() for name, p in zip(self.names, self.parameters)}
+        for memory in (*self.mean, *self.square, *self.average, self.updates, self.loss_scale, self.good_steps):
+            arrays[memory.name] = memory.asnumpy()
+        return arrays
+
+    def load_state(self, arrays: dict) -> None:
+        """The inverse of `state`.
+
+        Raises:
+            KeyError: an array is missing.
+            ValueError: an array has another shape.
+        """
+        places = {f"parameter.{name}": p for name, p in zip(self.names, self.parameters)}
+        for memory in (*self.mean, *self.square, *self.average, self.updates, self.loss_scale, self.good_steps):
+            places[memory.name] = memory
+        for name, place in places.items():
+            if arrays[name].shape != tuple(place.shape):
+                raise ValueError(f"`{name}` has shape {arrays[name].shape}, expected {tuple(place.shape)}")
+        for name, place in places.items():
+            place.set_data(Tensor(arrays[name]))
+
+    def trained(self) -> dict:
+        """Name -> array of what to use and publish: the averages if there are any, else the parameters."""
+        return {name: p.asnumpy() for name, p in zip(self.names, self.average or self.parameters)}
+
+
+def _scalar(value: float, name: str) -> Parameter:
+    return Parameter(Tensor(value, ms.float32), name, requires_grad=False)
+
+
+class _ScaledLoss(nn.Cell):
+    """The loss, and the loss times the scale that is differentiated."""
+
+    def __init__(self, loss: nn.Cell, loss_scale: Parameter):
+        super().__init__(auto_prefix=False)
+        self.loss, self.loss_scale = loss, loss_scale
+
+    def construct(self, *batch: Tensor) -> tuple:
+        loss = self.loss(*batch)
+        return loss * self.loss_scale, loss
+
+
+class TrainStep(nn.Cell):
+    """Loss, gradients and update in one graph; with accumulation the update follows every n-th call.
+
+    Args:
+        loss: the network to differentiate; its construct takes a batch and gives a () float32.
+        optimizer: updates what trains.
+        accumulation: batches whose gradients are averaged before an update.
+        reduce: averages a gradient over all processes; None for one process.
+    """
+
+    def __init__(self, loss: nn.Cell, optimizer: AdamW, accumulation: int = 1, reduce: nn.Cell | None = None):
+        super().__init__(auto_prefix=False)
+        self.optimizer, self.accumulation, self.reduce = optimizer, accumulation, reduce
+        self.gradient = ms.value_and_grad(_ScaledLoss(loss, optimizer.loss_scale), None, optimizer.parameters,
+                                          has_aux=True)
+        self.sums = optimizer._zeros("sum") if accumulation > 1 else ()
+
+    def construct(self, learning_rate: Tensor, first: Tensor, update: bool, *batch: Tensor) -> tuple:
+        """Learn from one batch.
+
+        Args:
+            learning_rate: () float32.
+            first: () bool, whether this batch is the first after an update; of no effect without accumulation.
+            update: whether this batch is the last before an update; always True without accumulation.
+            batch: what the loss takes.
+
+        Returns:
+            The loss, () float32, and whether an update was made or only put off, () bool: False is an overflow.
+        """
+        (_, loss), gradients = self.gradient(*batch)
+        if self.accumulation > 1:
+            gradients = self._accumulated(gradients, first)
+            if not update:  # depend: a graph drops assignments that nothing it returns needs
+                return ops.depend(loss, gradients), Tensor(True)
+        if self.reduce is not None:
+            averaged = []
+            for gradient in gradients:
+                averaged.append(self.reduce(gradient))
+            gradients = averaged
+        return loss, self.optimizer(gradients, learning_rate)
+
+    def _accumulated(self, gradients: tuple, first: Tensor) -> tuple:
+        """Add to the sums, which start anew with the first batch, and hand them out."""
+        added = []
+        for i in range(len(self.sums)):
+            total = ops.where(first, 0.0, self.sums[i]) + gradients[i] / self.accumulation
+            added.append(ops.assign(self.sums[i], total))
+        return tuple(added)
+
+
+def learning_rate(step: int, base: float, warmup_steps: int, total_steps: int, end: float | None = None) -> float:
+    """The learning rate of a step: rises linearly during the warm-up, then stays, or falls along a cosine.
+
+    Args:
+        step: counted from 0.
+        base: after the warm-up.
+        warmup_steps: how long it rises.
+        total_steps: of the whole training; only the cosine needs it.
+        end: where the cosine ends; None to stay at `base`.
+    """
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps
+    if end is None:
+        return base
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return end + (base - end) * 0.5 * (1.0 + math.cos(math.pi * progress))

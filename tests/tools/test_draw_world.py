@@ -1,0 +1,77 @@
+"""The drawing tool from the command line: what it writes, and mistakes as one line that leave nothing behind."""
+from __future__ import annotations
+
+import re
+import runpy
+
+import pandas
+import pytest
+from PIL import Image
+
+from ip_adapter.drawn_world import Scene, agreement, draw, look
+from tests.conftest import ROOT
+
+DRAW = runpy.run_path(str(ROOT / "tools" / "draw_world.py"))["main"]
+
+
+def test_pictures_captions_and_scenes(tmp_path, outcome):
+    out = tmp_path / "new" / "world"
+    status, said = outcome(DRAW, "--out", out, "--count", 12, "--seed", 3, "--size", 96)
+    assert status == 0 and f"12 pictures and img_txt.csv written into {out}" in said
+    captions, drawn = pandas.read_csv(out / "img_txt.csv"), pandas.read_csv(out / "scenes.csv")
+    names = [f"{number:05d}.png" for number in range(12)]
+    assert list(captions.columns) == ["dir", "text"] and list(captions["dir"]) == list(drawn["dir"]) == names
+    assert sorted(path.name for path in out.iterdir()) == [*names, "img_txt.csv", "scenes.csv"]
+    for text, (name, *values) in zip(captions["text"], drawn.itertuples(index=False)):
+        scene = Scene(*values)
+        with Image.open(out / name) as image:
+            assert image.size == (96, 96) and image.tobytes() == draw(scene, 96).tobytes()
+            assert agreement(scene, look(image)) == (True, True, True)
+        assert {scene.shape, scene.colour, scene.ground} <= set(re.findall(r"\w+", text))
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+
+
+def test_more_pictures_start_with_the_same(tmp_path, outcome):
+    (tmp_path / "five").mkdir()  # empty, as good as new
+    for name, count in (("three", 3), ("five", 5)):
+        assert outcome(DRAW, "--out", tmp_path / name, "--count", count)[0] == 0
+    three, five = tmp_path / "three", tmp_path / "five"
+    for name in ("00000.png", "00002.png"):
+        assert (three / name).read_bytes() == (five / name).read_bytes()
+    for name in ("img_txt.csv", "scenes.csv"):
+        assert (five / name).read_text().startswith((three / name).read_text())
+    assert outcome(DRAW, "--out", tmp_path / "other", "--count", 3, "--seed", 1)[0] == 0
+    assert (tmp_path / "other" / "img_txt.csv").read_text() != (three / "img_txt.csv").read_text()
+
+
+def test_mistakes(tmp_path, outcome):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "img_txt.csv").write_text("dir,text\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "00000.png").write_bytes(b"mine")
+    (tmp_path / "file").write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    cases = [
+        (["--out", tmp_path / "taken"], "--out .*taken: already holds img_txt.csv, expected .*; name another"),
+        (["--out", tmp_path / "mine"], "--out .*mine: already holds 00000.png"),
+        (["--out", tmp_path / "file"], "--out .*file: cannot be written"),
+        (["--out", tmp_path / "file" / "world"], "--out .*world: cannot be written"),
+        (["--out", tmp_path / "new", "--count", "0"], "--count: 0 is out of range"),
+        (["--out", tmp_path / "new", "--size", "big"], "--size: 'big' is not a whole number"),
+        (["--out", tmp_path / "new", "--seed", "-1"], "--seed"),
+        (["--count", "3"], "required: --out"),
+        (["--out", tmp_path / "new", "--conut", "3"], "unknown flag --conut; did you mean --count"),
+    ]
+    for flags, expected in cases:
+        status, said = outcome(DRAW, *flags)
+        assert status == 2 and re.search(expected, said.strip().splitlines()[-1]) and "Traceback" not in said, said
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "mine" / "00000.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("error, expected", [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)])
+def test_an_unfinished_folder_is_removed(tmp_path, outcome, monkeypatch, error, expected):
+    def fail(*_):
+        raise error
+    monkeypatch.setitem(DRAW.__globals__, "caption", fail)
+    status, said = outcome(DRAW, "--out", tmp_path / "new" / "world", "--count", 3)
+    assert status == expected and "Traceback" not in said and not list(tmp_path.iterdir())

@@ -1,0 +1,72 @@
+"""Draw the pictures the demo models are trained on: coloured shapes, with captions in img_txt.csv.
+
+python tools/draw_world.py --out datasets/drawn_world --count 5000
+"""
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
+
+from ip_adapter.cli import Parser, execute, in_range, start_logging  # noqa: E402
+from ip_adapter.drawn_world import caption, draw, random_scene  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+
+
+def main(argv: list | None = None) -> None:
+    """Parse the flags and draw."""
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument("--count", type=in_range(int, 1, 10_000_000), default=5000, help="how many pictures")
+    parser.add_argument("--seed", type=in_range(int, 0, 2**63), default=0, help="picture n follows from seed and n")
+    parser.add_argument("--size", type=in_range(int, 32, 1024), default=128, help="side of the pictures in pixels")
+    args = parser.parse_args(argv)
+    start_logging()
+    out = args.out.resolve()
+    try:
+        held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        if held:
+            named = "img_txt.csv" if "img_txt.csv" in held else held[0]
+            raise UserError(f"--out {args.out}: already holds {named}, expected a new or empty folder; name another, "
+                            "or remove what is there")
+        near = next(folder for folder in out.parents if folder.exists())
+        with tempfile.TemporaryDirectory(dir=near, prefix=".draw_world.") as unfinished:
+            folder = Path(unfinished) / "drawn"
+            folder.mkdir()
+            write_pictures(folder, args.count, args.seed, args.size)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror or error}); free some space or choose "
+                        "another folder") from None
+    logging.info("%d pictures and img_txt.csv written into %s", args.count, args.out)
+
+
+def write_pictures(folder: Path, count: int, seed: int, size: int) -> None:
+    """Pictures 00000.png and on, their captions (img_txt.csv: dir, text) and what was drawn (scenes.csv)."""
+    digits = max(5, len(str(count - 1)))
+    captions, scenes = [], []
+    for number in tqdm(range(count), disable=None):
+        rng = np.random.default_rng([seed, number])
+        scene = random_scene(rng)
+        name = f"{number:0{digits}d}.png"
+        draw(scene, size).save(folder / name)
+        captions.append({"dir": name, "text": caption(scene, rng)})
+        scenes.append({"dir": name, **asdict(scene)})
+    for name, rows in (("img_txt.csv", captions), ("scenes.csv", scenes)):
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    execute(main)
