@@ -12,14 +12,14 @@ from mindspore.nn.utils import no_init_parameters
 from PIL import Image
 
 from ip_adapter.config import ModelConfig
-from ip_adapter.image_prompt import ImageProjModel, IPAdapterImageEmbedder, image_proj_config
+from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel, IPAdapterImageEmbedder, start_image_proj
 from ip_adapter.inputs import Hint
-from ip_adapter.names import EMBEDDER_SD15, IMAGE_ATTENTION, TEXT_ONLY, image_encoder_mindspore, image_proj_mindspore
-from ip_adapter.parts import controlnet_part, find_adapter, vae_part
+from ip_adapter.names import EMBEDDER_SD15, IMAGE_ATTENTION, TEXT_ONLY, image_encoder_mindspore
+from ip_adapter.parts import SDSizes, controlnet_part, find_adapter, merged_sizes, vae_part
 from ip_adapter.patch import patch_cross_attention, set_ip_scale
 from ip_adapter.preprocess import clip_pixels, hint_pixels
-from ldm.architecture import autoencoder_config, image_config, is_sdxl, text_config, unet_config
-from ldm.checkpoint import Part, View, check, load, parameter_shapes
+from ldm.architecture import is_sdxl
+from ldm.checkpoint import Part, check, load, parameter_shapes
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint
 from ldm.device import DTYPES
 from ldm.model import Control, LatentDiffusion
@@ -90,7 +90,7 @@ class ExtraParts:
 
 
 def build_sd(path: Path, config: ModelConfig, dtype: str = "float32",
-             extra: ExtraParts = ExtraParts()) -> ImagePromptModel:
+             extra: ExtraParts = ExtraParts(), train_adapter: bool = False) -> ImagePromptModel:
     """Build SD-1.5 with its IP-Adapter and ControlNets; peak memory is the networks and one tensor.
 
     Args:
@@ -98,49 +98,52 @@ def build_sd(path: Path, config: ModelConfig, dtype: str = "float32",
         config: what its tensors do not tell.
         dtype: "float32" or "float16".
         extra: files that take the place of parts of it.
+        train_adapter: keep the adapter's weights in float32, and start a projector where the file has none (merged
+            with --skip_ip).
 
     Raises:
         CheckpointError: a file does not hold exactly what is needed.
     """
     kind = DTYPES[dtype]
+    adapter_kind = DTYPES["float32"] if train_adapter else kind
     with ExitStack() as stack:
         def opened(file) -> CheckpointFile:
             return stack.enter_context(open_checkpoint(file))
 
         base = opened(path)
-        encoder_layout = image_encoder_mindspore(EMBEDDER_SD15)
-        proj_layout = image_proj_mindspore(EMBEDDER_SD15)
-        unet_size = unet_config(View(base.tensors, UNET_SD15), config.num_heads, config.num_head_channels)
-        vae_size = autoencoder_config(View(base.tensors, VAE_MINDSPORE))
-        text_size = text_config(View(base.tensors, TEXT_SD15), config.text_activation)
-        image_size = image_config(View(base.tensors, encoder_layout), config.image_heads)
-        has_adapter = extra.ip_adapter or image_proj_config(View(base.tensors, proj_layout))
-        if None in (unet_size, vae_size, text_size, image_size, has_adapter):
-            sizes = (unet_size, vae_size, text_size, image_size, has_adapter)
-            raise CheckpointError(f"--ckpt_path {path}: {why_incomplete(base.tensors, sizes)}")
-
+        sizes = merged_sizes(base.tensors, config)
         adapter = opened(extra.ip_adapter) if extra.ip_adapter else base
+        fresh = train_adapter and adapter is base and sizes.proj is None
+        if None in (sizes.unet, sizes.vae, sizes.text, sizes.image) or adapter is base and not (fresh or sizes.proj):
+            raise CheckpointError(f"{path}: {why_incomplete(base.tensors, sizes)}")
         with no_init_parameters():
-            unet = UNetModel(unet_size, kind)
-            proj_size, attention_layout, proj_layout = find_adapter(adapter, unet, image_size.embed_dim)
-            patch_cross_attention(unet, proj_size.num_tokens)
-            vae, text = AutoencoderKL(vae_size, kind), CLIPTextTransformer(text_size, kind)
-            encoder, proj = CLIPImageTransformer(image_size, kind), ImageProjModel(proj_size, kind)
+            unet = UNetModel(sizes.unet, kind)
+            if fresh:
+                proj_size = ImageProjConfig(sizes.image.embed_dim, sizes.unet.context_dim)
+                layouts = UNET_SD15, None
+            else:
+                proj_size, *layouts = find_adapter(adapter, unet, sizes.image.embed_dim)
+            patch_cross_attention(unet, proj_size.num_tokens, adapter_kind)
+            vae, text = AutoencoderKL(sizes.vae, kind), CLIPTextTransformer(sizes.text, kind)
+            encoder, proj = CLIPImageTransformer(sizes.image, kind), ImageProjModel(proj_size, adapter_kind)
         networks = [
             (unet, Part(parameter_shapes(unet, TEXT_ONLY), base, UNET_SD15)),
-            (unet, Part(parameter_shapes(unet, IMAGE_ATTENTION), adapter, attention_layout)),
+            (unet, Part(parameter_shapes(unet, IMAGE_ATTENTION), adapter, layouts[0])),
             (vae, Part(parameter_shapes(vae), base, VAE_MINDSPORE)),
             (text, Part(parameter_shapes(text), base, TEXT_SD15)),
-            (encoder, Part(parameter_shapes(encoder), base, encoder_layout)),
-            (proj, Part(parameter_shapes(proj), adapter, proj_layout)),
+            (encoder, Part(parameter_shapes(encoder), base, image_encoder_mindspore(EMBEDDER_SD15))),
         ]
+        if fresh:
+            start_image_proj(proj)
+        else:
+            networks.append((proj, Part(parameter_shapes(proj), adapter, layouts[1])))
         # Parts of the merged file that another file stands in for are not read, nor are ControlNets nobody asked for.
         check([part for _, part in networks], allowed="|".join([re.escape(CONTROLNET_PREFIX)]
               + [rf"{IMAGE_ATTENTION}|^{re.escape(EMBEDDER_SD15)}image_proj\."] * (adapter is not base)))
         if extra.vae:
             vae, part = vae_part(opened(extra.vae), kind)
             networks[2] = (vae, part)
-        controlnets = [controlnet_part(opened(file) if file else base, unet_size, kind) for file in extra.controlnets]
+        controlnets = [controlnet_part(opened(file) if file else base, sizes.unet, kind) for file in extra.controlnets]
         for cell, part in networks + controlnets:
             load(cell, part)
             cell.set_train(False)
@@ -149,14 +152,14 @@ def build_sd(path: Path, config: ModelConfig, dtype: str = "float32",
     return ImagePromptModel(diffusion, IPAdapterImageEmbedder(encoder, proj))
 
 
-def why_incomplete(tensors: dict, sizes: tuple) -> str:
+def why_incomplete(tensors: dict, sizes: SDSizes) -> str:
     """One line on a file in which a part of SD-1.5 with its adapter was not found."""
     if is_sdxl(tensors):
         return "is an SDXL checkpoint, expected SD-1.5; use image_variation_sdxl.py"
     if "model.diffusion_model.input_blocks.1.0.in_layers.0.weight" in tensors:
         return "is an original torch checkpoint, expected a merged one; run tools/merge_ckpts_sd.py --sd on it"
-    if all(sizes[:4]):
+    parts = {"UNet": sizes.unet, "autoencoder": sizes.vae, "text encoder": sizes.text, "image encoder": sizes.image}
+    names = [name for name, size in parts.items() if size is None]
+    if not names:
         return "holds no IP-Adapter; give --ip_adapter FILE, or run tools/merge_ckpts_sd.py without --skip_ip"
-    parts = ("UNet", "autoencoder", "text encoder", "image encoder", "image projector")
-    names = [name for name, size in zip(parts, sizes) if size is None]
     return f"holds no {', no '.join(names)}; expected a file written by tools/merge_ckpts_sd.py"

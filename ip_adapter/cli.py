@@ -6,16 +6,19 @@ import difflib
 import logging
 import math
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Callable
 
 from ip_adapter.build import ExtraParts
-from ip_adapter.config import ROOT, InferenceConfig, load_config
+from ip_adapter.config import ROOT, InferenceConfig, TrainingConfig, load_config
 from ip_adapter.demo import demo_checkpoint
 from ldm.device import default_dtype, start_device
 from ldm.errors import UserError
 
-VERSIONS = {"1.5": "sd_v15.yaml", "demo": "sd_demo.yaml"}
+# Configuration files by --version.
+INFERENCE_SD = {"1.5": "inference/sd_v15.yaml", "demo": "inference/sd_demo.yaml"}
+TRAINING_SD = {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "training/sd_demo_finetune.yaml"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -87,19 +90,41 @@ def existing_file(text: str) -> Path:
     return path
 
 
-def config_from(argv: list | None) -> tuple:
+def config_from(argv: list | None, schema: type = InferenceConfig, versions: dict = INFERENCE_SD) -> tuple:
     """The configuration that `--version` and `--config` name, before the other flags take their defaults from it.
+
+    Args:
+        argv: the words of the command line, None for those of this process.
+        schema: dataclass of the configuration.
+        versions: file below configs/ for each name of a version.
 
     Returns:
         The version's name and the configuration.
     """
     early = Parser(description="")
-    early.add_argument("--version", choices=sorted(VERSIONS), default="1.5")
-    early.add_argument("--config")
+    add_config_flags(early, "1.5", versions)
     args, _ = early.parse_known_args([word for word in (sys.argv[1:] if argv is None else argv)
                                       if word not in ("-h", "--help")])
-    path = Path(args.config) if args.config else ROOT / "configs" / "inference" / VERSIONS[args.version]
-    return args.version, load_config(InferenceConfig, path)
+    return args.version, load_config(schema, args.config or ROOT / "configs" / versions[args.version])
+
+
+def add_config_flags(parser: Parser, version: str, versions: dict) -> None:
+    """The flags that say where the defaults of all others come from."""
+    parser.add_argument("--config", "--train_config", help="YAML file with the defaults of all this (default: by "
+                                                           "--version)")
+    parser.add_argument("--version", choices=sorted(versions), default=version,
+                        help="which model: Stable Diffusion 1.5, or the demo model that needs no download")
+
+
+def add_device_flags(parser: Parser, modes: str) -> None:
+    """Where and how networks run; `modes` says which `--ms_mode` is the default."""
+    add = parser.add_argument
+    add("--device_target", choices=["Ascend", "CPU"],
+        help="where to run (default: Ascend if there is one, else CPU)")
+    add("--ms_mode", "--mode", type=int, choices=[0, 1], help=f"0: compiled graphs, 1: PyNative (default: {modes})")
+    add("--dtype", choices=["float16", "float32"],
+        help="precision of the networks (default: float16 on Ascend, float32 on the CPU)")
+    add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="how much is said")
 
 
 def add_picture(parser: argparse.ArgumentParser, flag: str, default: str, text: str) -> None:
@@ -140,22 +165,13 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
     add("--n_iter", "--num_trials", type=in_range(int, 1, 100000), default=s.n_iter, help="trials for each prompt")
     add("--latents", type=existing_file, help=".npy with the starting noise (n, 4, H/8, W/8) float32 of unit "
                                               "variance, instead of the seeded one")
-    add("--config", help="YAML file with the defaults of all this (default: by --version)")
-    add("--version", choices=sorted(VERSIONS), default=version, help="which model: Stable Diffusion 1.5, or the demo "
-                                                                   "model that needs no download")
+    add_config_flags(parser, version, INFERENCE_SD)
     add("--ckpt_path", "--weight", type=existing_file,
         help=f"merged checkpoint (default: {' or '.join(config.ckpt_path) or 'the demo model'})")
     add("--ip_adapter", "--ip_adpater", type=existing_file,
         help="adapter to use instead of the checkpoint's: published, or finetuned (sd-N.ckpt)")
     add("--vae", type=existing_file, help="autoencoder to use instead of the checkpoint's")
-    add("--device_target", choices=["Ascend", "CPU"],
-        help="where to run (default: Ascend if there is one, else CPU)")
-    add("--ms_mode", type=int, choices=[0, 1],
-        help="0: compiled graphs, 1: PyNative (default: 0 on Ascend, 1 on the CPU, where compiling takes longer "
-             "than it saves)")
-    add("--dtype", choices=["float16", "float32"],
-        help="precision of the networks (default: float16 on Ascend, float32 on the CPU)")
-    add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="how much is said")
+    add_device_flags(parser, "0 on Ascend, 1 on the CPU, where compiling takes longer than it saves")
     add("--output_path", "--save_path", type=Path, default=Path(config.output_path), help="output folder")
     add("--skip_save", action="store_true", help="do not write the single pictures")
     add("--skip_grid", action="store_true", help="do not write the grid")
@@ -182,6 +198,34 @@ def add_control_flags(parser: Parser, config: InferenceConfig, required: bool) -
         help="make the hint from the edges of the picture, between these thresholds, such as 100 200 "
              "(default: 0 0, the picture is the hint)")
     parser.set_defaults(default_hints=[ROOT / default] if default else [])
+
+
+LIMITS = {  # of numbers among the training settings; all others start at 0
+    "image_size": (8, 4096), "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
+    "epochs": (1, 10**9), "num_workers": (1, 256), "ckpt_save_interval": (1, 10**9), "beta1": (0, 0.9999999),
+    "beta2": (0, 0.9999999), "ema_decay": (0, 0.9999999), "drop_image_prob": (0, 1), "drop_text_prob": (0, 1),
+    "drop_both_prob": (0, 1), "init_loss_scale": (1, 2**31), "loss_scale_factor": (1, 1024),
+}
+
+
+def training_parser(description: str, version: str, config: TrainingConfig, versions: dict) -> Parser:
+    """The flags training scripts share: one for each setting of `config`, and where and how to run."""
+    parser = Parser(description)
+    for setting in fields(config):
+        if "help" not in setting.metadata:
+            continue
+        default = getattr(config, setting.name)
+        kind = {bool: boolean, str: str}.get(type(default)) or in_range(
+            type(default), *LIMITS.get(setting.name, (0, 2**63)))
+        aliases = {"output_path": ["--save_path"], "train_batch_size": ["--per_batch_size"]}.get(setting.name, [])
+        parser.add_argument(f"--{setting.name}", *aliases, type=kind, default=default, help=setting.metadata["help"],
+                            required=setting.name == "data_path" and not default)
+    parser.add_argument("--resume", type=lambda text: boolean(text) if text.lower() in ("true", "false") else text,
+                        default=False, help="go on where a run stopped: True for the last state in the output folder, "
+                                            "or the path of a state")
+    add_config_flags(parser, version, versions)
+    add_device_flags(parser, "0")
+    return parser
 
 
 def extra_parts(args: argparse.Namespace) -> ExtraParts:
@@ -231,11 +275,28 @@ def start_logging(level: str = "info") -> None:
 
 
 def start(args: argparse.Namespace) -> None:
-    """Set up logging, device and mode; fills in `dtype` and `control_image` where no flag did."""
+    """Set up logging, device and mode of an inference; fills in `dtype` and `control_image` where no flag did."""
     start_logging(args.log_level)
     start_device(args.device_target, args.ms_mode)
     args.dtype = args.dtype or default_dtype()
     args.control_image = args.control_image or args.default_hints  # argparse would append to a default
+
+
+def start_training(args: argparse.Namespace) -> None:
+    """Set up logging, device and mode of a training, and check settings that depend on each other.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+    if args.image_size % 8:
+        raise UserError(f"--image_size {args.image_size} is not a multiple of 8")
+    if args.scheduler not in ("constant", "cosine"):
+        raise UserError(f"--scheduler {args.scheduler} is not known; expected constant or cosine")
+    if args.drop_image_prob + args.drop_text_prob + args.drop_both_prob > 1:
+        raise UserError("--drop_image_prob, --drop_text_prob and --drop_both_prob add up to more than 1")
+    start_logging(args.log_level)
+    start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode)
+    args.dtype = args.dtype or default_dtype()
 
 
 def execute(main: Callable[[], None]) -> None:

@@ -83,6 +83,49 @@ class InferenceConfig:
     output_path: str = "outputs/demo/SD"
 
 
+def _setting(default, text: str):
+    """A field that is a YAML key and a flag, with the flag's help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainingConfig:
+    """Everything a training script takes from its YAML file; every key but `name` and `model` is a flag too."""
+
+    name: str = "SD-1.5"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data_path: str = _setting("", "folder with pictures and img_txt.csv (columns dir,text), or the .csv itself")
+    pretrained_model_path: str = _setting("", "merged checkpoint, with an adapter to finetune or without (--skip_ip)")
+    output_path: str = _setting("runs", "folder for checkpoints, log and loss picture")
+    image_size: int = _setting(512, "side of the square trained on, a multiple of 8")
+    random_crop: bool = _setting(False, "draw the place of the square instead of taking the centre")
+    max_broken: int = _setting(100, "so many pictures that cannot be read are skipped")
+    num_workers: int = _setting(2, "threads that read pictures")
+    train_batch_size: int = _setting(16, "pictures in a batch on each device")
+    gradient_accumulation_steps: int = _setting(1, "batches for one optimizer step")
+    epochs: int = _setting(100, "passes over the data")
+    max_steps: int = _setting(2000, "stop after so many optimizer steps if the epochs take more; 0 for no limit")
+    seed: int = _setting(42, "of the order of the data, the noise and what is dropped")
+    start_learning_rate: float = _setting(1e-4, "learning rate after the warm-up")
+    end_learning_rate: float = _setting(0.0, "where a cosine schedule ends")
+    scheduler: str = _setting("constant", "constant or cosine")
+    warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises")
+    beta1: float = _setting(0.9, "AdamW: decay of the mean of gradients")
+    beta2: float = _setting(0.999, "AdamW: decay of the mean of squared gradients")
+    weight_decay: float = _setting(0.01, "AdamW: weight decay")
+    max_grad_norm: float = _setting(0.0, "clip gradients to this norm; 0 for never")
+    ema_decay: float = _setting(0.0, "save an average of the weights with this decay, such as 0.999; 0 for none")
+    init_loss_scale: float = _setting(65536.0, "float16: what the loss is multiplied by at first")
+    loss_scale_factor: float = _setting(2.0, "float16: by which the scale falls and rises")
+    scale_window: int = _setting(1000, "float16: good steps after which the scale rises")
+    drop_image_prob: float = _setting(0.05, "share of samples trained without the picture")
+    drop_text_prob: float = _setting(0.05, "share of samples trained without the text")
+    drop_both_prob: float = _setting(0.05, "share of samples trained without both")
+    ckpt_save_interval: int = _setting(500, "save every so many epochs, or steps with --step_mode True")
+    step_mode: bool = _setting(True, "--ckpt_save_interval counts optimizer steps, not epochs")
+    ckpt_max_keep: int = _setting(5, "so many of the last checkpoints are kept; 0 for all")
+
+
 def load_config(schema: type, path) -> object:
     """A YAML file as an instance of `schema`.
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
@@ -45,6 +46,17 @@ class ImageProjModel(nn.Cell):
         tokens = self.proj(embedding.astype(self.dtype))
         tokens = tokens.reshape((-1, self.config.num_tokens, self.config.context_dim))
         return self.norm(tokens).astype(mstype.float32)
+
+
+def start_image_proj(model: ImageProjModel, seed: int = 0) -> None:
+    """Give a new projector its first weights: normal with deviation 1 / sqrt(E), zero biases, unit gains."""
+    rng = np.random.default_rng(seed)
+    shape = model.proj.weight.shape
+    weight = rng.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
+    for parameter, value in ((model.proj.weight, weight), (model.proj.bias, np.zeros(shape[0])),
+                             (model.norm.gamma, np.ones(model.norm.gamma.shape)),
+                             (model.norm.beta, np.zeros(model.norm.beta.shape))):
+        parameter.set_data(Tensor(value, parameter.dtype))
 
 
 class IPAdapterImageEmbedder:

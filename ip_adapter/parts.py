@@ -4,35 +4,63 @@ Merging and building both come here; reading and strict checking is in `ldm/chec
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mindspore import dtype as mstype
 from mindspore.nn.utils import no_init_parameters
 
+from ip_adapter.config import ModelConfig
 from ip_adapter.image_prompt import ImageProjConfig, image_proj_config
 from ip_adapter.names import (
     EMBEDDER_SD15,
     IMAGE_ENCODER_TORCH,
     IMAGE_PROJ_TORCH,
     image_attention_torch,
+    image_encoder_mindspore,
     image_proj_mindspore,
 )
 from ip_adapter.patch import transformer_blocks
-from ldm.architecture import autoencoder_config, image_config, unet_config
+from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
 from ldm.checkpoint import Layout, Part, View, best_layout, check, parameter_shapes
 from ldm.checkpoint_file import CheckpointError, CheckpointFile
-from ldm.modules.autoencoder import AutoencoderKL
-from ldm.modules.clip import CLIPImageTransformer
+from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig
 from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
 from ldm.names import (
     CONTROLNET_DIFFUSERS,
     CONTROLNET_SD15,
     CONTROLNET_TORCH,
+    TEXT_SD15,
     UNET_SD15,
     VAE_ALONE,
     VAE_DIFFUSERS,
     VAE_MINDSPORE,
     VAE_TORCH,
 )
+
+
+@dataclass(frozen=True)
+class SDSizes:
+    """Sizes of all the networks of SD-1.5 with an IP-Adapter; the default is the published model. None is absent."""
+
+    unet: UNetConfig | None = UNetConfig()
+    vae: AutoencoderConfig | None = AutoencoderConfig()
+    text: CLIPTextConfig | None = CLIPTextConfig()
+    image: CLIPImageConfig | None = CLIPImageConfig()
+    proj: ImageProjConfig | None = ImageProjConfig()
+
+
+def merged_sizes(tensors: dict, config: ModelConfig) -> SDSizes:
+    """What a merged SD-1.5 file holds."""
+    return SDSizes(
+        unet_config(View(tensors, UNET_SD15), config.num_heads, config.num_head_channels),
+        autoencoder_config(View(tensors, VAE_MINDSPORE)),
+        text_config(View(tensors, TEXT_SD15), config.text_activation),
+        image_config(View(tensors, image_encoder_mindspore(EMBEDDER_SD15)), config.image_heads),
+        image_proj_config(View(tensors, image_proj_mindspore(EMBEDDER_SD15))),
+    )
+
 
 ENCODERS = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
 

@@ -20,16 +20,17 @@ def transformer_blocks(unet: nn.Cell) -> Iterator[tuple]:
         yield from ((path, block) for path, block in blocks if path.startswith(stage))
 
 
-def patch_cross_attention(unet: nn.Cell, num_tokens: int = 4) -> None:
+def patch_cross_attention(unet: nn.Cell, num_tokens: int = 4, dtype=None) -> None:
     """Give every text attention of the UNet an image attention, in place. A ControlNet's copy is left alone.
 
     Args:
         unet: a UNet that is not patched yet.
         num_tokens: K, image tokens at the end of the context.
+        dtype: of the weights it adds; that of the UNet if None.
     """
     for _, block in transformer_blocks(unet):
         assert isinstance(block.attn2, CrossAttention), "the UNet is patched already"
-        block.attn2 = IPAdapterCrossAttention(block.attn2, num_tokens)
+        block.attn2 = IPAdapterCrossAttention(block.attn2, num_tokens, dtype)
     unet.update_parameters_name()
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from mindspore.nn.utils import no_init_parameters
 from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel
 from ip_adapter.merge import SD15_TORCH
 from ip_adapter.names import IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, TEXT_ONLY, image_attention_torch
+from ip_adapter.parts import SDSizes
 from ip_adapter.patch import patch_cross_attention, transformer_blocks
 from ldm.checkpoint import Layout, parameter_shapes
 from ldm.checkpoint_file import TensorInfo, write_checkpoint
@@ -23,18 +23,6 @@ from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConf
 from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
 from ldm.names import CONTROLNET_DIFFUSERS, VAE_DIFFUSERS
-
-
-@dataclass(frozen=True)
-class SDSizes:
-    """Sizes of all the networks of SD-1.5 with an IP-Adapter; the default is the published model."""
-
-    unet: UNetConfig = UNetConfig()
-    vae: AutoencoderConfig = AutoencoderConfig()
-    text: CLIPTextConfig = CLIPTextConfig()
-    image: CLIPImageConfig = CLIPImageConfig()
-    proj: ImageProjConfig = ImageProjConfig()
-
 
 DEMO = SDSizes(
     UNetConfig(model_channels=32, context_dim=128),

@@ -1,0 +1,197 @@
+"""One training run: where it stands, what it writes, and how it goes on after a stop."""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import logging
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Callable, Iterable, Iterator
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from tqdm import tqdm
+
+from ip_adapter.pictures import line_chart
+from ip_adapter.training import AdamW, OptimizerConfig, TrainStep, learning_rate
+from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STATE = "train_resume.ckpt"
+LOG_COLUMNS = ("step", "loss", "learning_rate", "loss_scale", "overflow", "images_per_second")
+
+
+def optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
+    """The settings of the optimizer among the flags; the loss is scaled in float16 only."""
+    scaled = args.dtype == "float16"
+    return OptimizerConfig(
+        args.beta1, args.beta2, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm,
+        ema_decay=args.ema_decay, loss_scale=args.init_loss_scale if scaled else 1.0,
+        loss_scale_factor=args.loss_scale_factor, scale_window=args.scale_window if scaled else 0)
+
+
+class TrainingRun:
+    """Counts steps, logs, saves and resumes.
+
+    In the output folder: `ckpt/<name>-N.*` with what is published after step N, `ckpt/train_resume.ckpt` with all the
+    next step depends on, `log.csv` and `loss.png`.
+
+    Args:
+        args: parsed flags of `ip_adapter.cli.training_parser`.
+        optimizer: knows what trains.
+        length: samples of the data set.
+        publish: (path without suffix, trained arrays) -> writes what users load; returns the paths.
+        name: of published files, before `-N`.
+
+    Raises:
+        UserError: the folder holds a run and `--resume` is not given, or the state to resume is not of this run.
+    """
+
+    def __init__(self, args: argparse.Namespace, optimizer: AdamW, length: int, publish: Callable, name: str = "sd"):
+        self.args, self.optimizer, self.publish, self.name = args, optimizer, publish, name
+        self.folder = Path(args.output_path)
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(length / batch)
+        self.total = math.ceil(args.epochs * length / batch)
+        if args.max_steps:
+            self.total = min(self.total, args.max_steps)
+        # What decides which samples and which random numbers a step sees.
+        self.identity = {"seed": args.seed, "train_batch_size": args.train_batch_size,
+                         "gradient_accumulation_steps": args.gradient_accumulation_steps, "rows": length,
+                         "image_size": args.image_size}
+        self.step, self.history = 0, []
+        state = self.folder / "ckpt" / STATE
+        if args.resume:
+            self._resume(state if args.resume is True else Path(args.resume))
+        elif state.exists():
+            raise UserError(f"--output_path {self.folder}: holds a training already; go on with it by --resume True, "
+                            "or choose another folder")
+
+    def _resume(self, path: Path) -> None:
+        """Take up a state; what the log has beyond it is dropped, for it will be run again."""
+        if not path.is_file():
+            raise UserError(f"--resume {path}: no such file; expected {STATE} of an earlier run")
+        with open_checkpoint(path) as file:
+            arrays = {name: file.read(name) for name in file.tensors}
+        try:
+            found = {key: int(arrays[f"run.{key}"]) for key in self.identity}
+            step = int(arrays["run.step"])
+        except KeyError as error:
+            raise CheckpointError(f"--resume {path}: holds no {error}, expected {STATE} of an earlier run") from None
+        differing = [f"--{key} {value} (now {self.identity[key]})" for key, value in found.items()
+                     if value != self.identity[key]]
+        if differing:
+            raise UserError(f"--resume {path}: was trained with {', '.join(differing)}; give the same, or start anew "
+                            "in another folder")
+        try:
+            self.optimizer.load_state(arrays)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"--resume {path}: does not fit what is trained now: {error}; was it another model, "
+                                  "or --ema_decay changed?") from None
+        self.step = step
+        with contextlib.suppress(FileNotFoundError):
+            with open(self.folder / "log.csv", newline="", encoding="utf-8") as file:
+                self.history = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        log.info("going on after step %d of %d", self.step, self.total)
+
+    def train(self, step: TrainStep, batches: Iterable, inputs: Callable) -> None:
+        """Run to the end, or to the first Ctrl-C, after which the state is saved and the step's end awaited.
+
+        Args:
+            step: learns from a batch.
+            batches: from batch number `step * gradient_accumulation_steps` on.
+            inputs: batch -> what the loss takes.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted; nothing is lost.
+        """
+        accumulation = self.args.gradient_accumulation_steps
+        with _interruption() as interrupted, self._log_file() as write, tqdm(
+                total=self.total, initial=self.step, desc="training", unit="step", disable=None) as bar:
+            losses, begun = [], time.time()
+            for batch in batches if self.step < self.total else ():
+                part = batch.step % accumulation
+                rate = self._learning_rate()
+                loss, made = step(Tensor(rate, ms.float32), Tensor(part == 0), part == accumulation - 1, *inputs(batch))
+                losses.append(float(loss.asnumpy()))
+                if part < accumulation - 1:
+                    continue
+                self.step += 1
+                images = self.args.train_batch_size * accumulation / (time.time() - begun)
+                write(dict(zip(LOG_COLUMNS, (
+                    self.step, f"{np.mean(losses):.6g}", f"{rate:.6g}", float(self.optimizer.loss_scale.asnumpy()),
+                    int(not made.asnumpy()), f"{images:.4g}"))))
+                bar.set_postfix(loss=f"{np.mean(losses):.4f}", lr=f"{rate:.2g}", **{"img/s": f"{images:.2f}"})
+                bar.update()
+                losses, begun = [], time.time()
+                done = self.step == self.total or interrupted()
+                if done or self._save_due():
+                    self.save()
+                if done:
+                    break
+            if interrupted() and self.step < self.total:
+                raise KeyboardInterrupt
+        log.info("%d steps in %s", self.step, self.folder)
+
+    def _learning_rate(self) -> float:
+        a = self.args
+        return learning_rate(self.step, a.start_learning_rate, a.warmup_steps, self.total,
+                             a.end_learning_rate if a.scheduler == "cosine" else None)
+
+    def _save_due(self) -> bool:
+        every = self.args.ckpt_save_interval * (1 if self.args.step_mode else self.steps_per_epoch)
+        return self.step % every == 0
+
+    def save(self) -> None:
+        """Write what users load, then the state: a state never lacks its files. Older files go by --ckpt_max_keep."""
+        folder = self.folder / "ckpt"
+        paths = self.publish(folder / f"{self.name}-{self.step}", self.optimizer.trained())
+        run = {f"run.{key}": np.array(value, np.int64) for key, value in {**self.identity, "step": self.step}.items()}
+        save_arrays(folder / STATE, {**self.optimizer.state(), **run})
+        line_chart([float(row["loss"]) for row in self.history], f"loss, {self.step} steps").save(
+            self.folder / "loss.png")
+        if self.args.ckpt_max_keep:
+            for suffix in {path.suffix for path in paths}:
+                numbered = sorted(folder.glob(f"{self.name}-*{suffix}"),
+                                  key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+                for path in numbered[: -self.args.ckpt_max_keep]:
+                    path.unlink()
+
+    @contextlib.contextmanager
+    def _log_file(self) -> Iterator[Callable]:
+        """A function that adds a row to log.csv; the file is on disk after every row."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "log.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.history)
+
+            def write(row: dict) -> None:
+                self.history.append(row)
+                writer.writerow(row)
+                file.flush()
+
+            yield write
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[Callable[[], bool]]:
+    """Collect SIGINT and SIGTERM, so that a step is finished before the run stops; a second SIGINT stops at once."""
+    received = []
+
+    def note(number, frame) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,225 @@
+"""train_sd.py end to end: it learns, goes on exactly after any stop, and what it writes is used everywhere."""
+from __future__ import annotations
+
+import csv
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import image_variation_sd
+from ip_adapter.cli import TRAINING_SD, config_from, training_parser
+from ip_adapter.config import TrainingConfig
+from ip_adapter.drawn_world import caption, draw, random_scene
+from ip_adapter.merge import merge_sd
+from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures
+from train_sd import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small data set; a row in ten has no picture."""
+    folder = tmp_path_factory.mktemp("world")
+    with open(folder / "img_txt.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["dir", "text"])
+        for n in range(10):
+            scene = random_scene(np.random.default_rng([0, n]))
+            if n != 7:
+                draw(scene, 64).save(folder / f"{n}.png")
+            writer.writerow([f"{n}.png", caption(scene)])
+    return folder
+
+
+@pytest.fixture
+def words(world, merged):
+    return ["--data_path", world, "--pretrained_model_path", merged, "--version", "demo", "--image_size", "64",
+            "--train_batch_size", "2", "--ms_mode", "1", "--max_steps", "4", "--ckpt_save_interval", "2"]
+
+
+def parameters(folder) -> dict:
+    return arrays(folder / "ckpt" / "train_resume.ckpt")
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def log_of(folder) -> list:
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_going_on_is_exact(words, tmp_path, outcome):
+    """Stopped after 2 of 4 steps and resumed: parameters, optimizer and log equal those of one run, bit for bit."""
+    status, said = outcome(main, *words, "--output_path", tmp_path / "one", "--ema_decay", "0.9")
+    assert status == 0 and "7.png: no such file" in said, said
+    two = [*words, "--output_path", tmp_path / "two", "--ema_decay", "0.9"]
+    assert outcome(main, *two, "--max_steps", "2")[0] == 0
+    status, said = outcome(main, *two, "--resume", "True")
+    assert status == 0 and "going on after step 2 of 4" in said
+    assert_equal(parameters(tmp_path / "one"), parameters(tmp_path / "two"))
+    assert [row["loss"] for row in log_of(tmp_path / "one")] == [row["loss"] for row in log_of(tmp_path / "two")]
+    assert [int(row["step"]) for row in log_of(tmp_path / "two")] == [1, 2, 3, 4]
+    assert Image.open(tmp_path / "two" / "loss.png").size == (640, 320)
+    status, said = outcome(main, *two, "--resume", "True")
+    assert status == 0 and "4 steps in" in said
+
+
+def test_accumulated_batches_see_the_same_samples(words, tmp_path, outcome):
+    """2 x 2 instead of 4: the losses of each step agree, and so do the parameters, but for rounding."""
+    for name, sizes in (("whole", ["4", "1"]), ("split", ["2", "2"])):
+        status, said = outcome(main, *words, "--max_steps", "2", "--output_path", tmp_path / name,
+                               "--train_batch_size", sizes[0], "--gradient_accumulation_steps", sizes[1])
+        assert status == 0, said
+    whole, split = (log_of(tmp_path / name) for name in ("whole", "split"))
+    for a, b in zip(whole, split):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+
+def test_only_the_adapter_trains_and_its_files_are_used(words, merged, standins, tmp_path, outcome):
+    status, said = outcome(main, *words, "--max_steps", "2", "--output_path", tmp_path)
+    assert status == 0, said
+    folder = tmp_path / "ckpt"
+    before, after = arrays(merged), arrays(folder / "sd-2.ckpt")
+    assert len(after) == 36 and after.keys() < before.keys()
+    assert all(not np.array_equal(before[name], value) for name, value in after.items() if "_ip." in name)
+    public = arrays(folder / "sd-2.safetensors")
+    assert public.keys() == arrays(standins["ip_adapter"]).keys()
+    merge_sd(**{**standins, "controlnet": None, "ip_adapter": folder / "sd-2.ckpt"}, out=tmp_path / "full.ckpt")
+    small = ["--img", DATA / "input.png", "--H", "64", "--W", "64", "--sampling_steps", "2", "--n_samples", "1",
+             "--output_path", tmp_path]
+    for checkpoint, flags in ((tmp_path / "full.ckpt", []), (merged, ["--ip_adapter", folder / "sd-2.ckpt"]),
+                              (merged, ["--ip_adapter", folder / "sd-2.safetensors"]), (merged, [])):
+        status, said = outcome(image_variation_sd.main, "--ckpt_path", checkpoint, *flags, *small)
+        assert status == 0, said
+    one, two, three, untrained = pictures(tmp_path)
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one, three)
+    assert not np.array_equal(one, untrained)
+
+
+def test_from_scratch(words, standins, tmp_path, outcome):
+    """A checkpoint merged with --skip_ip has no projector; training starts one and counts from the text's weights."""
+    bare = tmp_path / "bare.ckpt"
+    merge_sd(**{**standins, "ip_adapter": None, "controlnet": None}, out=bare, skip_ip=True)
+    status, said = outcome(main, *words, "--pretrained_model_path", bare, "--max_steps", "1", "--output_path", tmp_path,
+                           "--start_learning_rate", "0")
+    assert status == 0, said
+    start, base = arrays(tmp_path / "ckpt" / "sd-1.ckpt"), arrays(bare)
+    weight = start["embedder.image_proj.proj.weight"]
+    assert weight.std() == pytest.approx(weight.shape[1] ** -0.5, rel=0.05)
+    block = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2."
+    np.testing.assert_array_equal(start[block + "to_v_ip.weight"], base[block + "to_v.weight"])
+
+
+def test_the_last_checkpoints_are_kept(words, tmp_path, outcome):
+    outcome(main, *words, "--ckpt_save_interval", "1", "--ckpt_max_keep", "2", "--output_path", tmp_path)
+    names = sorted(path.name for path in (tmp_path / "ckpt").iterdir())
+    assert names == ["sd-3.ckpt", "sd-3.safetensors", "sd-4.ckpt", "sd-4.safetensors", "train_resume.ckpt"]
+
+
+def test_float16_keeps_float32_weights_and_scales_the_loss(words, tmp_path, outcome):
+    status, said = outcome(main, *words, "--dtype", "float16", "--max_steps", "1", "--output_path", tmp_path)
+    assert status == 0, said
+    state = parameters(tmp_path)
+    assert {value.dtype for name, value in state.items() if name.startswith("parameter.")} == {np.dtype(np.float32)}
+    assert float(log_of(tmp_path)[0]["loss_scale"]) in (65536.0, 32768.0)
+
+
+@pytest.mark.slow
+def test_it_learns_in_graph_mode(words, tmp_path, outcome):
+    """Twenty steps on two pictures, the whole step compiled."""
+    status, said = outcome(main, *words, "--ms_mode", "0", "--max_steps", "20", "--output_path", tmp_path,
+                           "--start_learning_rate", "0.003")
+    assert status == 0, said
+    losses = [float(row["loss"]) for row in log_of(tmp_path)]
+    assert np.mean(losses[-8:]) < np.mean(losses[:4])
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_as_if_nothing_had_happened(words, tmp_path, outcome):
+    steps = ["--max_steps", "12", "--ckpt_save_interval", "1"]
+    outcome(main, *words, *steps, "--output_path", tmp_path / "calm")
+    command = [sys.executable, ROOT / "train_sd.py", *words, *steps, "--output_path", tmp_path / "killed"]
+    rng, state, kills = random.Random(5), tmp_path / "killed" / "ckpt" / "train_resume.ckpt", 0
+    for _ in range(10):
+        resume = ["--resume", "True"] if state.exists() else []
+        process = subprocess.Popen([str(word) for word in command + resume], stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1.0, 9.0))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    result = subprocess.run([str(word) for word in command + (["--resume", "True"] if state.exists() else [])],
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert kills > 0
+    assert_equal(parameters(tmp_path / "calm"), parameters(tmp_path / "killed"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_so(words, tmp_path):
+    words = [str(word) for word in [sys.executable, ROOT / "train_sd.py", *words, "--max_steps", "1000",
+                                    "--ckpt_save_interval", "1000", "--output_path", tmp_path]]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (tmp_path / "log.csv").exists():
+        time.sleep(0.2)
+    while time.time() < deadline and len(log_of(tmp_path)) < 2:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    step = int(parameters(tmp_path)["run.step"])
+    assert step >= 2 and len(log_of(tmp_path)) == step
+
+
+def test_every_setting_is_a_flag():
+    version, config = config_from([], TrainingConfig, TRAINING_SD)
+    args = training_parser("", version, config, TRAINING_SD).parse_args(
+        ["--data_path", "x", "--per_batch_size", "3", "--random_crop", "True", "--start_learning_rate", "1e-5"])
+    assert (args.train_batch_size, args.random_crop, args.start_learning_rate) == (3, True, 1e-5)
+    assert set(vars(config)) - {"name", "model"} <= set(vars(args))
+    assert (args.max_steps, args.output_path) == (2000, "runs")
+
+
+def test_every_mistake_is_one_line_and_leaves_nothing(words, merged, standins, tmp_path, outcome):
+    folder = tmp_path / "files"
+    (folder / "run" / "ckpt").mkdir(parents=True)
+    (folder / "run" / "ckpt" / "train_resume.ckpt").write_bytes(b"")
+    (folder / "empty").mkdir()
+    (folder / "bad.yaml").write_text("start_learning_rate: fast\n")
+    (folder / "key.yaml").write_text("learning_rate: 1\n")
+    assert_mistakes(outcome, main, words, {
+        "--data_path": (["--data_path", folder / "absent"], "--data_path .*absent"),
+        "no csv": (["--data_path", folder / "empty"], "--data_path .*empty"),
+        "--pretrained_model_path": (["--pretrained_model_path", folder / "a.ckpt"], "--pretrained_model_path: no file"),
+        "another model": (["--pretrained_model_path", standins["sd"]], "original torch checkpoint"),
+        "size": (["--image_size", "100"], "--image_size 100 is not a multiple of 8"),
+        "batch": (["--train_batch_size", "0"], "0 is out of range"),
+        "rate": (["--start_learning_rate", "nan"], "nan is out of range"),
+        "probabilities": (["--drop_text_prob", "0.95"], "add up to more than 1"),
+        "scheduler": (["--scheduler", "linear"], "--scheduler linear is not known; expected constant or cosine"),
+        "flag": (["--start_learning", "1"], "unknown flag --start_learning; did you mean --start_learning_rate"),
+        "config type": (["--config", folder / "bad.yaml"], "key start_learning_rate"),
+        "config key": (["--config", folder / "key.yaml"], "learning_rate"),
+        "taken": (["--output_path", folder / "run"], "holds a training already; go on with it by --resume True"),
+        "no state": (["--resume", folder / "a.ckpt"], "--resume .*a.ckpt: no such file"),
+        "another state": (["--resume", merged], "--resume .*holds no .*expected train_resume.ckpt"),
+        "nothing to resume": (["--resume", "True"], "--resume .*train_resume.ckpt: no such file"),
+    }, folder)
+
+
+def test_a_state_of_other_settings_is_refused(words, tmp_path, outcome):
+    outcome(main, *words, "--max_steps", "1", "--output_path", tmp_path)
+    for flags, expected in ((["--seed", "7"], "was trained with --seed 42 .now 7."),
+                            (["--ema_decay", "0.9"], "does not fit what is trained now")):
+        status, said = outcome(main, *words, *flags, "--output_path", tmp_path, "--resume", "True")
+        assert status == 2 and re.search(expected, said), said

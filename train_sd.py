@@ -1,0 +1,51 @@
+"""Train an IP-Adapter for Stable Diffusion 1.5, from scratch or further, on pictures with captions.
+
+python train_sd.py --data_path datasets/pokemon_blip/train \
+    --pretrained_model_path checkpoints/sd_models/merged/sd_v1.5_ip_adapter.ckpt
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+from ip_adapter.adapter_file import adapter_parameters, save_adapter
+from ip_adapter.build import build_sd
+from ip_adapter.cli import TRAINING_SD, config_from, execute, first_existing, start_training, training_parser
+from ip_adapter.config import TrainingConfig
+from ip_adapter.dataset import Batch, ImageTextDataset, Loader, Stream, draws, samples_of
+from ip_adapter.demo import demo_checkpoint
+from ip_adapter.features import FrozenEncoders, training_inputs
+from ip_adapter.training import AdamW, NoisePredictionLoss, TrainStep
+from ip_adapter.training_run import TrainingRun, optimizer_config
+
+
+def main(argv: list | None = None) -> None:
+    """Parse the flags, build the model, train, save."""
+    version, config = config_from(argv, TrainingConfig, TRAINING_SD)
+    args = training_parser(__doc__, version, config, TRAINING_SD).parse_args(argv)
+    start_training(args)
+
+    dataset = ImageTextDataset(args.data_path, args.image_size, args.random_crop, args.max_broken)
+    stream = Stream(len(dataset), args.train_batch_size, args.seed)
+    weights = first_existing([args.pretrained_model_path], "--pretrained_model_path", "make it with "
+                             "tools/merge_ckpts_sd.py") if args.pretrained_model_path else demo_checkpoint()
+    model = build_sd(Path(weights), config.model, args.dtype, train_adapter=True)
+    optimizer = AdamW(adapter_parameters(model), optimizer_config(args))
+    run = TrainingRun(args, optimizer, len(dataset), lambda path, trained: save_adapter(path, trained, model))
+    step = TrainStep(NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj), optimizer,
+                     args.gradient_accumulation_steps)
+    encoders = FrozenEncoders(model)
+
+    def inputs(batch: Batch) -> tuple:
+        features = encoders.features(batch.pixels, batch.clip_pixels, batch.texts)
+        drawn = [draws(args.seed, int(position), features.mean.shape[1:], args.drop_image_prob, args.drop_text_prob,
+                       args.drop_both_prob) for position in batch.positions]
+        return training_inputs(features, drawn, encoders.empty_text, model.diffusion.schedule,
+                               model.diffusion.scale_factor)
+
+    first = run.step * args.gradient_accumulation_steps
+    with Loader(stream, samples_of(dataset, args.seed), first, args.num_workers) as loader:
+        run.train(step, loader, inputs)
+
+
+if __name__ == "__main__":
+    execute(main)
