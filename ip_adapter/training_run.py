@@ -65,13 +65,19 @@ class TrainingRun:
         self.identity = {"seed": args.seed, "train_batch_size": args.train_batch_size,
                          "gradient_accumulation_steps": args.gradient_accumulation_steps, "rows": length,
                          "image_size": args.image_size}
-        self.step, self.history = 0, []
+        self.step, self.history, self.published = 0, [], []
         state = self.folder / "ckpt" / STATE
         if args.resume:
             self._resume(state if args.resume is True else Path(args.resume))
-        elif state.exists():
+        elif state.exists() or self._would_overwrite():
             raise UserError(f"--output_path {self.folder}: holds a training already; go on with it by --resume True, "
                             "or choose another folder")
+
+    def _would_overwrite(self) -> bool:
+        """Whether there are files of another run under names this one will use."""
+        names = [path.stem[len(self.name) + 1 :] for path in (self.folder / "ckpt").glob(f"{self.name}-*")]
+        steps = [int(name) for name in names if name.isdecimal()]
+        return any(step == self.total or step < self.total and self._save_due(step) for step in steps)
 
     def _resume(self, path: Path) -> None:
         """Take up a state; what the log has beyond it is dropped, for it will be run again."""
@@ -81,7 +87,7 @@ class TrainingRun:
             arrays = {name: file.read(name) for name in file.tensors}
         try:
             found = {key: int(arrays[f"run.{key}"]) for key in self.identity}
-            step = int(arrays["run.step"])
+            step, published = int(arrays["run.step"]), arrays["run.published"].tolist()
         except KeyError as error:
             raise CheckpointError(f"--resume {path}: holds no {error}, expected {STATE} of an earlier run") from None
         differing = [f"--{key} {value} (now {self.identity[key]})" for key, value in found.items()
@@ -94,7 +100,7 @@ class TrainingRun:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"--resume {path}: does not fit what is trained now: {error}; was it another model, "
                                   "or --ema_decay changed?") from None
-        self.step = step
+        self.step, self.published = step, published
         with contextlib.suppress(FileNotFoundError):
             with open(self.folder / "log.csv", newline="", encoding="utf-8") as file:
                 self.history = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
@@ -131,7 +137,7 @@ class TrainingRun:
                 bar.update()
                 losses, begun = [], time.time()
                 done = self.step == self.total or interrupted()
-                if done or self._save_due():
+                if done or self._save_due(self.step):
                     self.save()
                 if done:
                     break
@@ -144,24 +150,24 @@ class TrainingRun:
         return learning_rate(self.step, a.start_learning_rate, a.warmup_steps, self.total,
                              a.end_learning_rate if a.scheduler == "cosine" else None)
 
-    def _save_due(self) -> bool:
-        every = self.args.ckpt_save_interval * (1 if self.args.step_mode else self.steps_per_epoch)
-        return self.step % every == 0
+    def _save_due(self, step: int) -> bool:
+        return step % (self.args.ckpt_save_interval * (1 if self.args.step_mode else self.steps_per_epoch)) == 0
 
     def save(self) -> None:
         """Write what users load, then the state: a state never lacks its files. Older files go by --ckpt_max_keep."""
         folder = self.folder / "ckpt"
         paths = self.publish(folder / f"{self.name}-{self.step}", self.optimizer.trained())
-        run = {f"run.{key}": np.array(value, np.int64) for key, value in {**self.identity, "step": self.step}.items()}
+        self.published = [step for step in self.published if step != self.step] + [self.step]
+        kept = self.published[-self.args.ckpt_max_keep :] if self.args.ckpt_max_keep else self.published
+        old, self.published = self.published[: -len(kept)], kept
+        numbers = {**self.identity, "step": self.step, "published": kept}
+        run = {f"run.{key}": np.array(value, np.int64) for key, value in numbers.items()}
         save_arrays(folder / STATE, {**self.optimizer.state(), **run})
         line_chart([float(row["loss"]) for row in self.history], f"loss, {self.step} steps").save(
             self.folder / "loss.png")
-        if self.args.ckpt_max_keep:
-            for suffix in {path.suffix for path in paths}:
-                numbered = sorted(folder.glob(f"{self.name}-*{suffix}"),
-                                  key=lambda path: int(path.stem.rsplit("-", 1)[1]))
-                for path in numbered[: -self.args.ckpt_max_keep]:
-                    path.unlink()
+        for step in old:
+            for path in paths:
+                (folder / f"{self.name}-{step}{path.suffix}").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _log_file(self) -> Iterator[Callable]:

@@ -122,9 +122,17 @@ def test_from_scratch(words, standins, tmp_path, outcome):
 
 
 def test_the_last_checkpoints_are_kept(words, tmp_path, outcome):
-    outcome(main, *words, "--ckpt_save_interval", "1", "--ckpt_max_keep", "2", "--output_path", tmp_path)
-    names = sorted(path.name for path in (tmp_path / "ckpt").iterdir())
-    assert names == ["sd-3.ckpt", "sd-3.safetensors", "sd-4.ckpt", "sd-4.safetensors", "train_resume.ckpt"]
+    """Only this run's own files go, also after a resume."""
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    for name in ("sd-2000.ckpt", "sd-2000_full.ckpt"):
+        (folder / name).write_bytes(b"of somebody else")
+    words += ["--ckpt_save_interval", "1", "--ckpt_max_keep", "2", "--output_path", tmp_path]
+    assert outcome(main, *words, "--max_steps", "3")[0] == 0
+    assert outcome(main, *words, "--resume", "True")[0] == 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "sd-2000.ckpt", "sd-2000_full.ckpt", "sd-3.ckpt", "sd-3.safetensors", "sd-4.ckpt", "sd-4.safetensors",
+        "train_resume.ckpt"]
 
 
 def test_float16_keeps_float32_weights_and_scales_the_loss(words, tmp_path, outcome):
@@ -195,6 +203,8 @@ def test_every_mistake_is_one_line_and_leaves_nothing(words, merged, standins, t
     (folder / "run" / "ckpt").mkdir(parents=True)
     (folder / "run" / "ckpt" / "train_resume.ckpt").write_bytes(b"")
     (folder / "empty").mkdir()
+    (folder / "files" / "ckpt").mkdir(parents=True)
+    (folder / "files" / "ckpt" / "sd-4.safetensors").write_bytes(b"")
     (folder / "bad.yaml").write_text("start_learning_rate: fast\n")
     (folder / "key.yaml").write_text("learning_rate: 1\n")
     assert_mistakes(outcome, main, words, {
@@ -211,6 +221,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(words, merged, standins, t
         "config type": (["--config", folder / "bad.yaml"], "key start_learning_rate"),
         "config key": (["--config", folder / "key.yaml"], "learning_rate"),
         "taken": (["--output_path", folder / "run"], "holds a training already; go on with it by --resume True"),
+        "taken by files": (["--output_path", folder / "files"], "holds a training already"),
         "no state": (["--resume", folder / "a.ckpt"], "--resume .*a.ckpt: no such file"),
         "another state": (["--resume", merged], "--resume .*holds no .*expected train_resume.ckpt"),
         "nothing to resume": (["--resume", "True"], "--resume .*train_resume.ckpt: no such file"),
