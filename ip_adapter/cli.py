@@ -13,6 +13,7 @@ from typing import Callable
 from ip_adapter.build import ExtraParts
 from ip_adapter.config import ROOT, InferenceConfig, TrainingConfig, load_config
 from ip_adapter.demo import demo_checkpoint
+from ip_adapter.inputs import MAX_SIZE
 from ldm.device import default_dtype, start_device
 from ldm.errors import UserError
 
@@ -41,7 +42,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (-h lists all flags)\n")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse, but an unknown flag is answered with the nearest known one."""
+        """As argparse, but defaults are checked too, and an unknown flag is answered with the nearest known one."""
+        for action in self._actions:
+            if action.type and isinstance(action.default, (int, float)):  # a configuration file's, not yet checked
+                try:
+                    action.type(str(action.default))
+                except argparse.ArgumentTypeError as error:
+                    self.error(f"default of {action.option_strings[0]} in the configuration file: {error}")
         known, unknown = self.parse_known_args(args, namespace)
         for word in unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -66,7 +73,7 @@ def in_range(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 def multiple_of_8(text: str) -> int:
     """An argparse type: the height or width of a picture."""
-    size = in_range(int, 8, 4096)(text)
+    size = in_range(int, 8, MAX_SIZE)(text)
     if size % 8:
         below = size // 8 * 8
         raise argparse.ArgumentTypeError(f"{size} is not a multiple of 8; the nearest are {below} and {below + 8}")
@@ -78,6 +85,15 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """An argparse type: one of these words; unlike `choices`, it also checks defaults."""
+    def parse(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is not known, expected {' or '.join(words)}")
+        return text
+    return parse
 
 
 def existing_file(text: str) -> Path:
@@ -201,7 +217,7 @@ def add_control_flags(parser: Parser, config: InferenceConfig, required: bool) -
 
 
 LIMITS = {  # of numbers among the training settings; all others start at 0
-    "image_size": (8, 4096), "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
+    "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
     "epochs": (1, 10**9), "num_workers": (1, 256), "ckpt_save_interval": (1, 10**9), "beta1": (0, 0.9999999),
     "beta2": (0, 0.9999999), "ema_decay": (0, 0.9999999), "drop_image_prob": (0, 1), "drop_text_prob": (0, 1),
     "drop_both_prob": (0, 1), "init_loss_scale": (1, 2**31), "loss_scale_factor": (1, 1024),
@@ -215,7 +231,8 @@ def training_parser(description: str, version: str, config: TrainingConfig, vers
         if "help" not in setting.metadata:
             continue
         default = getattr(config, setting.name)
-        kind = {bool: boolean, str: str}.get(type(default)) or in_range(
+        kinds = {"image_size": multiple_of_8, "scheduler": one_of("constant", "cosine"), bool: boolean, str: str}
+        kind = kinds.get(setting.name) or kinds.get(type(default)) or in_range(
             type(default), *LIMITS.get(setting.name, (0, 2**63)))
         aliases = {"output_path": ["--save_path"], "train_batch_size": ["--per_batch_size"]}.get(setting.name, [])
         parser.add_argument(f"--{setting.name}", *aliases, type=kind, default=default, help=setting.metadata["help"],
@@ -288,10 +305,6 @@ def start_training(args: argparse.Namespace) -> None:
     Raises:
         UserError: settings that do not fit together.
     """
-    if args.image_size % 8:
-        raise UserError(f"--image_size {args.image_size} is not a multiple of 8")
-    if args.scheduler not in ("constant", "cosine"):
-        raise UserError(f"--scheduler {args.scheduler} is not known; expected constant or cosine")
     if args.drop_image_prob + args.drop_text_prob + args.drop_both_prob > 1:
         raise UserError("--drop_image_prob, --drop_text_prob and --drop_both_prob add up to more than 1")
     start_logging(args.log_level)

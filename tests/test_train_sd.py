@@ -206,20 +206,22 @@ def test_every_mistake_is_one_line_and_leaves_nothing(words, merged, standins, t
     (folder / "files" / "ckpt").mkdir(parents=True)
     (folder / "files" / "ckpt" / "sd-4.safetensors").write_bytes(b"")
     (folder / "bad.yaml").write_text("start_learning_rate: fast\n")
+    (folder / "value.yaml").write_text("beta1: 1.5\n")
     (folder / "key.yaml").write_text("learning_rate: 1\n")
     assert_mistakes(outcome, main, words, {
         "--data_path": (["--data_path", folder / "absent"], "--data_path .*absent"),
         "no csv": (["--data_path", folder / "empty"], "--data_path .*empty"),
         "--pretrained_model_path": (["--pretrained_model_path", folder / "a.ckpt"], "--pretrained_model_path: no file"),
         "another model": (["--pretrained_model_path", standins["sd"]], "original torch checkpoint"),
-        "size": (["--image_size", "100"], "--image_size 100 is not a multiple of 8"),
+        "size": (["--image_size", "100"], "--image_size: 100 is not a multiple of 8; the nearest are 96 and 104"),
         "batch": (["--train_batch_size", "0"], "0 is out of range"),
         "rate": (["--start_learning_rate", "nan"], "nan is out of range"),
         "probabilities": (["--drop_text_prob", "0.95"], "add up to more than 1"),
-        "scheduler": (["--scheduler", "linear"], "--scheduler linear is not known; expected constant or cosine"),
+        "scheduler": (["--scheduler", "linear"], "--scheduler: 'linear' is not known, expected constant or cosine"),
         "flag": (["--start_learning", "1"], "unknown flag --start_learning; did you mean --start_learning_rate"),
         "config type": (["--config", folder / "bad.yaml"], "key start_learning_rate"),
         "config key": (["--config", folder / "key.yaml"], "learning_rate"),
+        "config value": (["--config", folder / "value.yaml"], "--beta1 in the configuration file: 1.5 is out of range"),
         "taken": (["--output_path", folder / "run"], "holds a training already; go on with it by --resume True"),
         "taken by files": (["--output_path", folder / "files"], "holds a training already"),
         "no state": (["--resume", folder / "a.ckpt"], "--resume .*a.ckpt: no such file"),
