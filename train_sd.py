@@ -11,9 +11,11 @@ from ip_adapter.adapter_file import adapter_parameters, save_adapter
 from ip_adapter.build import build_sd
 from ip_adapter.cli import TRAINING_SD, config_from, execute, first_existing, start_training, training_parser
 from ip_adapter.config import TrainingConfig
-from ip_adapter.dataset import Batch, ImageTextDataset, Loader, Stream, draws, samples_of
+from ip_adapter.dataset import Batch, ImageTextDataset, Loader, Stream, draws, samples_of, stack
 from ip_adapter.demo import demo_checkpoint
+from ip_adapter.feature_cache import FeatureBatch, FeatureCache
 from ip_adapter.features import FrozenEncoders, training_inputs
+from ip_adapter.pictures import file_sha256
 from ip_adapter.training import AdamW, NoisePredictionLoss, TrainStep
 from ip_adapter.training_run import TrainingRun, optimizer_config
 
@@ -34,16 +36,23 @@ def main(argv: list | None = None) -> None:
     step = TrainStep(NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj), optimizer,
                      args.gradient_accumulation_steps)
     encoders = FrozenEncoders(model)
+    first, make, collate = run.step * args.gradient_accumulation_steps, samples_of(dataset, args.seed), stack
+    if args.cache_dir:
+        fingerprint = f"{file_sha256(Path(weights))} {args.dtype}"
+        cache = FeatureCache(Path(args.cache_dir), encoders, args.image_size, fingerprint)
+        cache.fill(dataset, args.train_batch_size)
+        encoders.release()
+        make, collate = cache.sample, cache.collate
 
-    def inputs(batch: Batch) -> tuple:
-        features = encoders.features(batch.pixels, batch.clip_pixels, batch.texts)
+    def inputs(batch: Batch | FeatureBatch) -> tuple:
+        features = batch.features if args.cache_dir else encoders.features(
+            batch.pixels, batch.clip_pixels, batch.texts)
         drawn = [draws(args.seed, int(position), features.mean.shape[1:], args.drop_image_prob, args.drop_text_prob,
                        args.drop_both_prob) for position in batch.positions]
         return training_inputs(features, drawn, encoders.empty_text, model.diffusion.schedule,
                                model.diffusion.scale_factor)
 
-    first = run.step * args.gradient_accumulation_steps
-    with Loader(stream, samples_of(dataset, args.seed), first, args.num_workers) as loader:
+    with Loader(stream, make, first, args.num_workers, collate=collate) as loader:
         run.train(step, loader, inputs)
 
 

@@ -305,6 +305,9 @@ def start_training(args: argparse.Namespace) -> None:
     Raises:
         UserError: settings that do not fit together.
     """
+    if args.cache_dir and args.random_crop:
+        raise UserError("--random_crop True changes a picture every time, so --cache_dir cannot keep its features; "
+                        "leave one of them out")
     if args.drop_image_prob + args.drop_text_prob + args.drop_both_prob > 1:
         raise UserError("--drop_image_prob, --drop_text_prob and --drop_both_prob add up to more than 1")
     start_logging(args.log_level)

@@ -101,6 +101,8 @@ class TrainingConfig:
     random_crop: bool = _setting(False, "draw the place of the square instead of taking the centre")
     max_broken: int = _setting(100, "so many pictures that cannot be read are skipped")
     num_workers: int = _setting(2, "threads that read pictures")
+    cache_dir: str = _setting("", "folder for latents, text states and image embeddings, which are then computed once "
+                                  "and kept for later runs; the encoders leave memory")
     train_batch_size: int = _setting(16, "pictures in a batch on each device")
     gradient_accumulation_steps: int = _setting(1, "batches for one optimizer step")
     epochs: int = _setting(100, "passes over the data")

@@ -4,6 +4,7 @@ Features are float16, also when the networks run in float32: a run that keeps th
 """
 from __future__ import annotations
 
+import gc
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +31,21 @@ class FrozenEncoders:
         self.model = model
         self.empty_text = self.text([""])[0]
 
+    def shapes(self, size: int) -> tuple:
+        """Shapes of the features of one picture of `size` pixels, in the order of `Features`."""
+        diffusion, image = self.model.diffusion, self.model.embedder.image_encoder.config
+        latent = (diffusion.vae.config.latent_channels, size // 8, size // 8)
+        text = diffusion.text_encoder.config
+        return latent, latent, (text.context_length, text.width), (image.embed_dim,)
+
     def text(self, texts: list) -> np.ndarray:
         """B texts -> (B, T, D) float16."""
         return self.model.diffusion.encode_text(texts).asnumpy().astype(np.float16)
+
+    def release(self) -> None:
+        """Give the memory of the encoders back; nothing but `empty_text` can be asked for after this."""
+        self.model.diffusion.vae = self.model.diffusion.text_encoder = self.model.embedder.image_encoder = None
+        gc.collect()
 
     def features(self, pixels: np.ndarray, clip_pixels: np.ndarray, texts: list) -> Features:
         """Encode a batch.

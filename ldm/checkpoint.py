@@ -140,13 +140,12 @@ def best_layout(tensors: dict, paths: Iterable[str], layouts: Iterable[Layout]) 
     return max(layouts, key=lambda layout: sum(path in View(tensors, layout) for path in paths))
 
 
-def check(parts: Iterable[Part], allowed: str = r"(?!)", cause: str = "") -> None:
+def check(parts: Iterable[Part], allowed: str = r"(?!)") -> None:
     """Check that the parts find all their tensors with the right shapes, and that their files hold nothing else.
 
     Args:
         parts: all parts that are read from the files concerned.
         allowed: pattern of names a file may hold beyond that.
-        cause: likely cause, added to the message.
 
     Raises:
         CheckpointError: naming what is missing, misshapen or left over (20 of each, and totals).
@@ -170,8 +169,7 @@ def check(parts: Iterable[Part], allowed: str = r"(?!)", cause: str = "") -> Non
                   for what, names in (("missing", missing), ("of another shape", misshapen), ("unexpected", extra))
                   if names]
         if report:
-            likely = f" ({cause})" if cause else ""
-            raise CheckpointError(f"{file.path} does not fit the network{likely}: {'; '.join(report)}")
+            raise CheckpointError(f"{file.path} does not fit the network: {'; '.join(report)}")
 
 
 def read_parameter(file: CheckpointFile, source: Source) -> np.ndarray:

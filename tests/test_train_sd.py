@@ -85,6 +85,31 @@ def test_accumulated_batches_see_the_same_samples(words, tmp_path, outcome):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
 
 
+def test_cached_features_give_the_same_training(words, world, merged, tmp_path, outcome):
+    """But for the rounding of encoders that see other batches; a second run, and one after a kill, compute less."""
+    cached = [*words, "--cache_dir", tmp_path / "cache"]
+    for name, flags in (("plain", words), ("first", cached), ("second", cached)):
+        status, said = outcome(main, *flags, "--output_path", tmp_path / name)
+        assert status == 0, said
+    plain, first, second = (parameters(tmp_path / name) for name in ("plain", "first", "second"))
+    assert_equal(first, second)
+    for row, other in zip(log_of(tmp_path / "plain"), log_of(tmp_path / "first")):
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=1e-3)
+    data, = (tmp_path / "cache").glob("*.f16")
+    index, = (tmp_path / "cache").glob("*.keys")
+    whole, keys = data.read_bytes(), index.read_text()
+    assert len(keys.split()) == 9  # of ten rows one has no picture
+    index.write_text("\n".join(keys.split()[:5]) + "\n" + keys.split()[5][:20])  # killed while writing
+    data.write_bytes(whole[: len(whole) * 6 // 9 + 11])
+    assert outcome(main, *cached, "--output_path", tmp_path / "third")[0] == 0
+    assert len(data.read_bytes()) == len(whole) and sorted(index.read_text().split()) == sorted(keys.split())
+    for name, value in parameters(tmp_path / "third").items():
+        np.testing.assert_allclose(value, first[name], atol=2e-3, err_msg=name)
+    other = [*cached, "--image_size", "32"]
+    assert outcome(main, *other, "--output_path", tmp_path / "small")[0] == 0
+    assert len(list((tmp_path / "cache").glob("*.f16"))) == 2
+
+
 def test_only_the_adapter_trains_and_its_files_are_used(words, merged, standins, tmp_path, outcome):
     status, said = outcome(main, *words, "--max_steps", "2", "--output_path", tmp_path)
     assert status == 0, said
@@ -218,6 +243,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(words, merged, standins, t
         "rate": (["--start_learning_rate", "nan"], "nan is out of range"),
         "probabilities": (["--drop_text_prob", "0.95"], "add up to more than 1"),
         "scheduler": (["--scheduler", "linear"], "--scheduler: 'linear' is not known, expected constant or cosine"),
+        "crop": (["--random_crop", "True", "--cache_dir", folder / "c"], "--random_crop True changes a picture"),
         "flag": (["--start_learning", "1"], "unknown flag --start_learning; did you mean --start_learning_rate"),
         "config type": (["--config", folder / "bad.yaml"], "key start_learning_rate"),
         "config key": (["--config", folder / "key.yaml"], "learning_rate"),

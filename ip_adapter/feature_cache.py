@@ -1,0 +1,114 @@
+"""Features of a whole data set on disk: computed once, read in place of pictures, kept for later runs."""
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ip_adapter.dataset import ImageTextDataset
+from ip_adapter.features import Features, FrozenEncoders
+from ldm.errors import UserError
+
+KEY_LINE = 65  # bytes of a key and its line end
+
+
+class FeatureBatch(NamedTuple):
+    """The samples of one step."""
+
+    step: int
+    positions: np.ndarray  # (B,) int64, places in the stream
+    features: Features
+
+
+class FeatureCache:
+    """Records of float16 features in one file; beside it their keys, one a line, in the same order.
+
+    A key is the sha256 of a picture's bytes and its caption; the file's name is that of everything else features depend
+    on. A record counts once its key is written, so a run that is killed loses the batch under way only, and of a data
+    set that has grown or changed only what is new is computed.
+
+    Args:
+        folder: made if missing.
+        encoders: make the features.
+        size: side of the pictures in pixels.
+        weights: fingerprint of the encoders' weights and their precision.
+    """
+
+    def __init__(self, folder: Path, encoders: FrozenEncoders, size: int, weights: str):
+        shapes = encoders.shapes(size)
+        self.record = np.dtype([(name, "<f2", shape) for name, shape in zip(Features._fields, shapes)])
+        name = hashlib.sha256(f"{weights} {size} {shapes}".encode()).hexdigest()[:16]
+        self.data, self.index = Path(folder) / f"features-{name}.f16", Path(folder) / f"features-{name}.keys"
+        self.encoders, self.places = encoders, np.zeros(0, np.int64)
+
+    def fill(self, dataset: ImageTextDataset, batch: int) -> None:
+        """Compute what is missing, `batch` samples at a time.
+
+        Raises:
+            UserError: the folder cannot be written to, or too many pictures cannot be read.
+        """
+        keys = [sample_key(dataset, row) for row in range(len(dataset))]
+        used = list(range(len(dataset)))  # the row in place of one that cannot be read
+        try:
+            self.data.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.data, "ab") as data, open(self.index, "a", encoding="ascii") as index:
+                fcntl.flock(index, fcntl.LOCK_EX)  # two runs may share a folder; the lock dies with its process
+                known = {key: n for n, key in enumerate(self._keys())}
+                new = [row for row in range(len(dataset)) if keys[row] not in known]
+                data.truncate(len(known) * self.record.itemsize)
+                index.truncate(len(known) * KEY_LINE)
+                for first in tqdm(range(0, len(new), batch), desc="encoding", unit="batch", disable=None):
+                    fresh = {}
+                    for row in new[first : first + batch]:
+                        sample = dataset.sample(row, None)
+                        used[row] = sample.index
+                        if keys[sample.index] not in known:
+                            fresh[keys[sample.index]] = sample
+                    if fresh:
+                        data.write(self._encode(list(fresh.values())))
+                        data.flush()
+                        index.write("".join(f"{key}\n" for key in fresh))
+                        index.flush()
+                        known.update(zip(fresh, range(len(known), len(known) + len(fresh))))
+        except OSError as error:
+            raise UserError(f"--cache_dir {self.data.parent}: cannot be written ({error.strerror or error}); free some "
+                            "space or choose another folder") from None
+        self.places = np.array([known[keys[row]] for row in used])
+        self.records = np.memmap(self.data, self.record, "r")
+
+    def _keys(self) -> list:
+        """Keys whose records are on disk; what a killed run left beyond them is cut off by `fill`."""
+        keys = self.index.read_text().split("\n")[:-1] if self.index.exists() else []
+        size = self.data.stat().st_size if self.data.exists() else 0
+        return keys[: size // self.record.itemsize]
+
+    def _encode(self, samples: list) -> bytes:
+        features = self.encoders.features(np.stack([sample.pixels for sample in samples]),
+                                          np.stack([sample.clip_pixels for sample in samples]),
+                                          [sample.text for sample in samples])
+        records = np.empty(len(samples), self.record)
+        for name, values in features._asdict().items():
+            records[name] = values
+        return records.tobytes()
+
+    def sample(self, row: int, position: int) -> np.ndarray:
+        """The record of a row, as `Loader` asks for it."""
+        return np.array(self.records[self.places[row]])
+
+    def collate(self, step: int, positions: np.ndarray, samples: list) -> FeatureBatch:
+        """Put records together."""
+        return FeatureBatch(step, positions, Features(*(np.stack([sample[name] for sample in samples])
+                                                        for name in Features._fields)))
+
+
+def sample_key(dataset: ImageTextDataset, row: int) -> str:
+    """sha256 of a picture's bytes and its caption; of a picture that cannot be opened, one that no other has."""
+    try:
+        content = dataset.path(row).read_bytes()
+    except OSError:
+        content = f"no file for row {row} of {dataset.csv}".encode()
+    return hashlib.sha256(hashlib.sha256(content).digest() + dataset.text(row).encode()).hexdigest()
