@@ -12,36 +12,36 @@ from ip_adapter.build import build_sd
 from ip_adapter.cli import TRAINING_SD, config_from, execute, first_existing, start_training, training_parser
 from ip_adapter.config import TrainingConfig
 from ip_adapter.dataset import Batch, ImageTextDataset, Loader, Stream, draws, samples_of, stack
-from ip_adapter.demo import demo_checkpoint
 from ip_adapter.feature_cache import FeatureBatch, FeatureCache
 from ip_adapter.features import FrozenEncoders, training_inputs
-from ip_adapter.pictures import file_sha256
 from ip_adapter.training import AdamW, NoisePredictionLoss, TrainStep
 from ip_adapter.training_run import TrainingRun, optimizer_config
+from ip_adapter.validation import Validation
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, train, save."""
     version, config = config_from(argv, TrainingConfig, TRAINING_SD)
     args = training_parser(__doc__, version, config, TRAINING_SD).parse_args(argv)
-    start_training(args)
+    group = start_training(args)
 
     dataset = ImageTextDataset(args.data_path, args.image_size, args.random_crop, args.max_broken)
-    stream = Stream(len(dataset), args.train_batch_size, args.seed)
-    weights = first_existing([args.pretrained_model_path], "--pretrained_model_path", "make it with "
-                             "tools/merge_ckpts_sd.py") if args.pretrained_model_path else demo_checkpoint()
+    stream = Stream(len(dataset), args.train_batch_size, args.seed, group.size, group.rank)
+    weights = first_existing([args.pretrained_model_path], "--pretrained_model_path",
+                             "make it with tools/merge_ckpts_sd.py")
     model = build_sd(Path(weights), config.model, args.dtype, train_adapter=True)
     optimizer = AdamW(adapter_parameters(model), optimizer_config(args))
-    run = TrainingRun(args, optimizer, len(dataset), lambda path, trained: save_adapter(path, trained, model))
+    validation = Validation(args, model) if args.validation_interval and group.rank == 0 else None
+    run = TrainingRun(args, optimizer, len(dataset), lambda path, trained: save_adapter(path, trained, model),
+                      group=group, validate=validation)
     step = TrainStep(NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj), optimizer,
-                     args.gradient_accumulation_steps)
+                     args.gradient_accumulation_steps, group.size)
     encoders = FrozenEncoders(model)
     first, make, collate = run.step * args.gradient_accumulation_steps, samples_of(dataset, args.seed), stack
     if args.cache_dir:
-        fingerprint = f"{file_sha256(Path(weights))} {args.dtype}"
-        cache = FeatureCache(Path(args.cache_dir), encoders, args.image_size, fingerprint)
+        cache = FeatureCache(Path(args.cache_dir), encoders, args.image_size)
         cache.fill(dataset, args.train_batch_size)
-        encoders.release()
+        encoders.release(keep_vae=validation is not None)
         make, collate = cache.sample, cache.collate
 
     def inputs(batch: Batch | FeatureBatch) -> tuple:

@@ -5,16 +5,9 @@ import re
 from pathlib import Path
 
 from ip_adapter.build import ImagePromptModel
-from ip_adapter.names import (
-    EMBEDDER_SD15,
-    IMAGE_ATTENTION,
-    IMAGE_PROJ_TORCH,
-    image_attention_torch,
-    image_proj_mindspore,
-)
-from ip_adapter.patch import transformer_blocks
+from ip_adapter.names import IMAGE_ATTENTION
+from ip_adapter.parts import adapter_layouts
 from ldm.checkpoint_file import save_arrays
-from ldm.names import UNET_SD15
 
 
 def adapter_parameters(model: ImagePromptModel) -> dict:
@@ -36,15 +29,13 @@ def save_adapter(path: Path, trained: dict, model: ImagePromptModel) -> list:
     Returns:
         The two paths.
     """
-    blocks = [block for block, _ in transformer_blocks(model.diffusion.unet)]
-    layouts = {".ckpt": {"unet": UNET_SD15, "image_proj": image_proj_mindspore(EMBEDDER_SD15)},
-               ".safetensors": {"unet": image_attention_torch(blocks), "image_proj": IMAGE_PROJ_TORCH}}
-    paths = []
-    for suffix, layout in layouts.items():
+    layouts, paths = adapter_layouts(model.diffusion.unet), []
+    for suffix, (attention, proj) in ((".ckpt", layouts["finetuned"]), (".safetensors", layouts["published"])):
         arrays = {}
         for name, value in trained.items():
             part, inner = name.split(".", 1)
-            for on_disk, (_, take) in layout[part].source(inner).disassemble(value.shape).items():
+            source = (attention if part == "unet" else proj).source(inner)
+            for on_disk, (_, take) in source.disassemble(value.shape).items():
                 arrays[on_disk] = take(value)
         paths.append(path.with_name(path.name + suffix))
         save_arrays(paths[-1], arrays)

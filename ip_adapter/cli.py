@@ -12,14 +12,15 @@ from typing import Callable
 
 from ip_adapter.build import ExtraParts
 from ip_adapter.config import ROOT, InferenceConfig, TrainingConfig, load_config
-from ip_adapter.demo import demo_checkpoint
 from ip_adapter.inputs import MAX_SIZE
 from ldm.device import default_dtype, start_device
 from ldm.errors import UserError
+from ldm.parallel import Group, join, leave
 
 # Configuration files by --version.
 INFERENCE_SD = {"1.5": "inference/sd_v15.yaml", "demo": "inference/sd_demo.yaml"}
 TRAINING_SD = {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "training/sd_demo_finetune.yaml"}
+TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in ("vae", "decoder", "clip", "unet", "controlnet")}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -106,30 +107,33 @@ def existing_file(text: str) -> Path:
     return path
 
 
-def config_from(argv: list | None, schema: type = InferenceConfig, versions: dict = INFERENCE_SD) -> tuple:
+def config_from(argv: list | None, schema: type = InferenceConfig, versions: dict = INFERENCE_SD,
+                flag: str = "--version") -> tuple:
     """The configuration that `--version` and `--config` name, before the other flags take their defaults from it.
 
     Args:
         argv: the words of the command line, None for those of this process.
         schema: dataclass of the configuration.
-        versions: file below configs/ for each name of a version.
+        versions: file below configs/ for each name of a version; the first is the default.
+        flag: that names one of them.
 
     Returns:
         The version's name and the configuration.
     """
     early = Parser(description="")
-    add_config_flags(early, "1.5", versions)
+    add_config_flags(early, next(iter(versions)), versions, flag)
     args, _ = early.parse_known_args([word for word in (sys.argv[1:] if argv is None else argv)
                                       if word not in ("-h", "--help")])
     return args.version, load_config(schema, args.config or ROOT / "configs" / versions[args.version])
 
 
-def add_config_flags(parser: Parser, version: str, versions: dict) -> None:
+def add_config_flags(parser: Parser, version: str, versions: dict, flag: str = "--version") -> None:
     """The flags that say where the defaults of all others come from."""
     parser.add_argument("--config", "--train_config", help="YAML file with the defaults of all this (default: by "
                                                            "--version)")
-    parser.add_argument("--version", choices=sorted(versions), default=version,
-                        help="which model: Stable Diffusion 1.5, or the demo model that needs no download")
+    what = {"--version": "which model: Stable Diffusion 1.5, or the demo model that needs no download",
+            "--part": "what of the demo model is trained"}[flag]
+    parser.add_argument(flag, dest="version", choices=list(versions), default=version, help=what)
 
 
 def add_device_flags(parser: Parser, modes: str) -> None:
@@ -140,6 +144,8 @@ def add_device_flags(parser: Parser, modes: str) -> None:
     add("--ms_mode", "--mode", type=int, choices=[0, 1], help=f"0: compiled graphs, 1: PyNative (default: {modes})")
     add("--dtype", choices=["float16", "float32"],
         help="precision of the networks (default: float16 on Ascend, float32 on the CPU)")
+    add("--cpu_threads", type=in_range(int, 0, 1024), default=0,
+        help="threads that compute on the CPU, 0 for one a core")
     add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="how much is said")
 
 
@@ -183,7 +189,7 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
                                               "variance, instead of the seeded one")
     add_config_flags(parser, version, INFERENCE_SD)
     add("--ckpt_path", "--weight", type=existing_file,
-        help=f"merged checkpoint (default: {' or '.join(config.ckpt_path) or 'the demo model'})")
+        help=f"merged checkpoint (default: {' or '.join(config.ckpt_path)})")
     add("--ip_adapter", "--ip_adpater", type=existing_file,
         help="adapter to use instead of the checkpoint's: published, or finetuned (sd-N.ckpt)")
     add("--vae", type=existing_file, help="autoencoder to use instead of the checkpoint's")
@@ -220,11 +226,13 @@ LIMITS = {  # of numbers among the training settings; all others start at 0
     "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
     "epochs": (1, 10**9), "num_workers": (1, 256), "ckpt_save_interval": (1, 10**9), "beta1": (0, 0.9999999),
     "beta2": (0, 0.9999999), "ema_decay": (0, 0.9999999), "drop_image_prob": (0, 1), "drop_text_prob": (0, 1),
-    "drop_both_prob": (0, 1), "init_loss_scale": (1, 2**31), "loss_scale_factor": (1, 1024),
+    "drop_both_prob": (0, 1), "validation_count": (1, 100), "validation_steps": (1, 1000),
+    "init_loss_scale": (1, 2**31), "loss_scale_factor": (1, 1024),
 }
 
 
-def training_parser(description: str, version: str, config: TrainingConfig, versions: dict) -> Parser:
+def training_parser(description: str, version: str, config: TrainingConfig, versions: dict,
+                    flag: str = "--version") -> Parser:
     """The flags training scripts share: one for each setting of `config`, and where and how to run."""
     parser = Parser(description)
     for setting in fields(config):
@@ -240,7 +248,7 @@ def training_parser(description: str, version: str, config: TrainingConfig, vers
     parser.add_argument("--resume", type=lambda text: boolean(text) if text.lower() in ("true", "false") else text,
                         default=False, help="go on where a run stopped: True for the last state in the output folder, "
                                             "or the path of a state")
-    add_config_flags(parser, version, versions)
+    add_config_flags(parser, version, versions, flag)
     add_device_flags(parser, "0")
     return parser
 
@@ -262,27 +270,25 @@ def extra_parts(args: argparse.Namespace) -> ExtraParts:
 
 
 def default_weights(args: argparse.Namespace, config: InferenceConfig) -> Path:
-    """The checkpoint to load: the flag's, else the first default that exists, else the demo model's.
+    """The checkpoint to load: the flag's, else the first default that exists.
 
     Raises:
         UserError: neither flag nor file.
     """
     if args.ckpt_path:
         return args.ckpt_path
-    if not config.ckpt_path:
-        return demo_checkpoint()
     return first_existing(config.ckpt_path, "--ckpt_path", "make it with tools/merge_ckpts_sd.py or try --version demo")
 
 
 def first_existing(paths, flag: str, advice: str = "name another") -> Path:
-    """The first of `paths` that is a file.
+    """The first of `paths` that is a file, here or, for those that ship with the project, in its folder.
 
     Raises:
         UserError: none is.
     """
-    for path in paths:
-        if Path(path).is_file():
-            return Path(path)
+    for path in (Path(folder) / path for path in paths for folder in (".", ROOT)):
+        if path.is_file():
+            return path
     raise UserError(f"{flag}: no file {' or '.join(map(str, paths))}; {advice}")
 
 
@@ -294,13 +300,16 @@ def start_logging(level: str = "info") -> None:
 def start(args: argparse.Namespace) -> None:
     """Set up logging, device and mode of an inference; fills in `dtype` and `control_image` where no flag did."""
     start_logging(args.log_level)
-    start_device(args.device_target, args.ms_mode)
+    start_device(args.device_target, args.ms_mode, args.cpu_threads)
     args.dtype = args.dtype or default_dtype()
     args.control_image = args.control_image or args.default_hints  # argparse would append to a default
 
 
-def start_training(args: argparse.Namespace) -> None:
-    """Set up logging, device and mode of a training, and check settings that depend on each other.
+def start_training(args: argparse.Namespace) -> Group:
+    """Set up logging, device and mode of a training, check settings that depend on each other, meet other processes.
+
+    Returns:
+        This process' place among those that train together.
 
     Raises:
         UserError: settings that do not fit together.
@@ -311,8 +320,12 @@ def start_training(args: argparse.Namespace) -> None:
     if args.drop_image_prob + args.drop_text_prob + args.drop_both_prob > 1:
         raise UserError("--drop_image_prob, --drop_text_prob and --drop_both_prob add up to more than 1")
     start_logging(args.log_level)
-    start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode)
+    start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     args.dtype = args.dtype or default_dtype()
+    group = join() if args.is_parallel else Group()
+    if group.rank:
+        logging.getLogger().setLevel("ERROR")  # rank 0 speaks for all
+    return group
 
 
 def execute(main: Callable[[], None]) -> None:
@@ -320,6 +333,7 @@ def execute(main: Callable[[], None]) -> None:
     name = Path(sys.argv[0]).name
     try:
         main()
+        leave(0)
     except UserError as error:
         sys.exit(_leave(2, f"{name}: error: {' '.join(str(error).split())}"))
     except KeyboardInterrupt:
@@ -328,4 +342,5 @@ def execute(main: Callable[[], None]) -> None:
 
 def _leave(status: int, line: str) -> int:
     print(line, file=sys.stderr)
+    leave(status)
     return status

@@ -125,6 +125,12 @@ class TrainingConfig:
     drop_both_prob: float = _setting(0.05, "share of samples trained without both")
     ckpt_save_interval: int = _setting(500, "save every so many epochs, or steps with --step_mode True")
     step_mode: bool = _setting(True, "--ckpt_save_interval counts optimizer steps, not epochs")
+    validation_interval: int = _setting(0, "write validation pictures every so many optimizer steps; 0 for never")
+    validation_data: str = _setting("", "folder with pictures and img_txt.csv to validate on; empty for the training "
+                                        "data")
+    validation_count: int = _setting(4, "its first so many rows")
+    validation_steps: int = _setting(20, "denoising steps of validation pictures")
+    is_parallel: bool = _setting(False, "one of several processes, started by mpirun or msrun")
     ckpt_max_keep: int = _setting(5, "so many of the last checkpoints are kept; 0 for all")
 
 

@@ -41,6 +41,12 @@ PLACED = (
     "a {colour} {shape} on a {ground} ground, {place}", "a {ground} background with a {colour} {shape} {place}",
     "{place}, a {colour} {shape} on a {ground} background", "a {colour} {shape} {place} of a {ground} ground")
 
+PARTIAL = ("a {ground} ground", "a {ground} background", "a {colour} {shape}", "a {colour} shape", "a {shape}",
+           "a {shape} on a {ground} background", "a {colour} shape on a {ground} ground")
+# The default prompt and negative prompt of the scripts: in this world they mean nothing.
+NEUTRAL = ("best quality, high quality", "monochrome, lowres, bad anatomy, worst quality, low quality", "")
+CAPTION_KINDS = (0.6, 0.3, 0.1)  # shares of whole, partial and neutral captions among those to train on
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -149,7 +155,23 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     if rng is not None:
         choices = PLACED if where and rng.random() < 0.5 else PARAPHRASES
         text = choices[rng.integers(len(choices))]
-    return text.format(**vars(scene), place=where).replace("a orange", "an orange")
+    return _filled(text, scene, where)
+
+
+def training_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Words for a scene as people write them: whole, partial, or about something else; some with praise before them.
+
+    Partial ones teach a network to follow the text in what it names and the picture prompt in what it leaves open.
+    """
+    kind = rng.choice(len(CAPTION_KINDS), p=CAPTION_KINDS)
+    if kind == 2:
+        return NEUTRAL[rng.integers(len(NEUTRAL))]
+    text = caption(scene, rng) if kind == 0 else _filled(PARTIAL[rng.integers(len(PARTIAL))], scene)
+    return f"{NEUTRAL[0]}, {text}" if rng.random() < 0.1 else text
+
+
+def _filled(pattern: str, scene: Scene, where: str = "") -> str:
+    return pattern.format(**vars(scene), place=where).replace("a orange", "an orange")
 
 
 def look(image: Image.Image) -> Seen:

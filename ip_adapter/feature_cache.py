@@ -35,13 +35,12 @@ class FeatureCache:
         folder: made if missing.
         encoders: make the features.
         size: side of the pictures in pixels.
-        weights: fingerprint of the encoders' weights and their precision.
     """
 
-    def __init__(self, folder: Path, encoders: FrozenEncoders, size: int, weights: str):
+    def __init__(self, folder: Path, encoders: FrozenEncoders, size: int):
         shapes = encoders.shapes(size)
         self.record = np.dtype([(name, "<f2", shape) for name, shape in zip(Features._fields, shapes)])
-        name = hashlib.sha256(f"{weights} {size} {shapes}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{encoders.fingerprint()} {size} {shapes}".encode()).hexdigest()[:16]
         self.data, self.index = Path(folder) / f"features-{name}.f16", Path(folder) / f"features-{name}.keys"
         self.encoders, self.places = encoders, np.zeros(0, np.int64)
 

@@ -5,6 +5,7 @@ Features are float16, also when the networks run in float32: a run that keeps th
 from __future__ import annotations
 
 import gc
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -38,13 +39,25 @@ class FrozenEncoders:
         text = diffusion.text_encoder.config
         return latent, latent, (text.context_length, text.width), (image.embed_dim,)
 
+    def fingerprint(self) -> str:
+        """sha256 of all weights that features depend on; the UNet and the decoder are not among them."""
+        vae = self.model.diffusion.vae
+        digest = hashlib.sha256()
+        for cell in (vae.encoder, vae.quant_conv, self.model.diffusion.text_encoder, self.model.embedder.image_encoder):
+            for path, parameter in cell.parameters_and_names():
+                digest.update(path.encode())
+                digest.update(parameter.asnumpy())
+        return digest.hexdigest()
+
     def text(self, texts: list) -> np.ndarray:
         """B texts -> (B, T, D) float16."""
         return self.model.diffusion.encode_text(texts).asnumpy().astype(np.float16)
 
-    def release(self) -> None:
+    def release(self, keep_vae: bool = False) -> None:
         """Give the memory of the encoders back; nothing but `empty_text` can be asked for after this."""
-        self.model.diffusion.vae = self.model.diffusion.text_encoder = self.model.embedder.image_encoder = None
+        self.model.diffusion.text_encoder = self.model.embedder.image_encoder = None
+        if not keep_vae:  # validation pictures have to be decoded
+            self.model.diffusion.vae = None
         gc.collect()
 
     def features(self, pixels: np.ndarray, clip_pixels: np.ndarray, texts: list) -> Features:
@@ -79,8 +92,7 @@ def training_inputs(features: Features, drawn: list[Draw], empty_text: np.ndarra
     """
     timesteps, noise, posterior, drop_image, drop_text = (np.stack(column) for column in zip(*drawn))
     latents = (features.mean + features.deviation * posterior) * np.float32(scale_factor)
-    alphas = schedule.alphas_cumprod()[timesteps][:, None, None, None]
-    noisy = np.sqrt(alphas) * latents + np.sqrt(1.0 - alphas) * noise
+    noisy = schedule.add_noise(latents, noise, timesteps)
     text = np.where(drop_text[:, None, None], empty_text, features.text)
     embedding = np.where(drop_image[:, None], 0, features.embedding)
     return tuple(Tensor(array.astype(np.float32)) for array in (noisy, timesteps, noise, text, embedding))

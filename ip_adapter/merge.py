@@ -4,6 +4,7 @@ Tensors stream from source to target one by one, so memory stays near the larges
 """
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,11 +22,22 @@ from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.unet import UNetModel
-from ldm.names import CONTROLNET_SD15, TEXT_SD15, TEXT_TORCH, UNET_SD15, UNET_TORCH, VAE_MINDSPORE, VAE_TORCH
+from ldm.names import (
+    CONTROLNET_PREFIX,
+    CONTROLNET_SD15,
+    TEXT_SD15,
+    TEXT_TORCH,
+    UNET_SD15,
+    UNET_TORCH,
+    VAE_MINDSPORE,
+    VAE_TORCH,
+)
 
 # SD-1.5's base in its two spellings: UNet, autoencoder, text encoder.
 SD15_TORCH = (UNET_TORCH, VAE_TORCH, TEXT_TORCH)
 SD15_MINDSPORE = (UNET_SD15, VAE_MINDSPORE, TEXT_SD15)
+# What a merged file holds beyond the base; it may be merged again, with another adapter for example.
+MERGED_EXTRAS = rf"{IMAGE_ATTENTION}|^{re.escape(EMBEDDER_SD15)}|^{re.escape(CONTROLNET_PREFIX)}"
 
 
 def write_plan(out, planned: dict, description: str) -> int:
@@ -64,7 +76,7 @@ def sd_base(file: CheckpointFile, flag: str) -> tuple:
         patch_cross_attention(unet)
     shapes = parameter_shapes(unet, TEXT_ONLY), parameter_shapes(autoencoder), parameter_shapes(text)
     parts = [Part(shape, file, layout) for shape, layout in zip(shapes, layouts)]
-    check(parts)
+    check(parts, allowed=MERGED_EXTRAS if layouts is SD15_MINDSPORE else r"(?!)")
     return unet, parts
 
 
@@ -81,8 +93,8 @@ def merge_sd(sd, open_clip_vit, ip_adapter, vae, out, controlnet=None, skip_ip: 
     """Merge SD-1.5, an image encoder, an adapter, an autoencoder and a ControlNet into one file.
 
     Args:
-        sd: SD-1.5, MindSpore or original torch names.
-        open_clip_vit: image encoder, Hugging Face names.
+        sd: SD-1.5, MindSpore or original torch names, or a merged file.
+        open_clip_vit: image encoder, Hugging Face names, or a merged file.
         ip_adapter: published adapter, or sd-N.ckpt of a finetuning; not read with `skip_ip`.
         vae: autoencoder, which takes the place of the one in `sd`; None keeps that.
         out: .ckpt or .safetensors to write.

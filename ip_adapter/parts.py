@@ -4,6 +4,7 @@ Merging and building both come here; reading and strict checking is in `ldm/chec
 """
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mindspore import dtype as mstype
@@ -76,21 +77,29 @@ def vae_part(file: CheckpointFile, dtype=mstype.float32) -> tuple:
     with no_init_parameters():
         autoencoder = AutoencoderKL(size, dtype)
     part = Part(parameter_shapes(autoencoder), file, layout)
-    check([part])
+    check([part], allowed=rf"^(?!{re.escape(layout.prefix)})")  # a whole model may hold it
     return autoencoder, part
 
 
 def image_encoder_part(file: CheckpointFile) -> tuple:
-    """The image encoder in a Hugging Face file: the network, not initialised, and its checked part."""
-    size = image_config(View(file.tensors, IMAGE_ENCODER_TORCH))
+    """The image encoder in a Hugging Face or merged file: the network, not initialised, and its checked part."""
+    merged = image_encoder_mindspore(EMBEDDER_SD15)
+    layout = best_layout(file.tensors, ("class_embedding", "proj"), (IMAGE_ENCODER_TORCH, merged))
+    size = image_config(View(file.tensors, layout))
     if size is None:
         raise CheckpointError(f"--open_clip_vit {file.path}: holds no image encoder; expected "
                               "IP-Adapter's image_encoder/model.safetensors")
     with no_init_parameters():
         encoder = CLIPImageTransformer(size)
-    part = Part(parameter_shapes(encoder), file, IMAGE_ENCODER_TORCH)
-    check([part])
+    part = Part(parameter_shapes(encoder), file, layout)
+    check([part], allowed=rf"^(?!{re.escape(layout.prefix)})" if layout is merged else r"(?!)")
     return encoder, part
+
+
+def adapter_layouts(unet: UNetModel) -> dict:
+    """How adapters are named, finetuned here and published: layouts of the image attention and of the projector."""
+    return {"finetuned": (UNET_SD15, image_proj_mindspore(EMBEDDER_SD15)),
+            "published": (image_attention_torch([path for path, _ in transformer_blocks(unet)]), IMAGE_PROJ_TORCH)}
 
 
 def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int) -> tuple:
@@ -107,12 +116,9 @@ def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int) -> tuple
     Raises:
         CheckpointError: it is of another kind, or was trained with another image encoder or base model.
     """
-    paths = [path for path, _ in transformer_blocks(unet)]
-    probe = [f"{path}.attn2.to_k_ip.weight" for path in paths]
-    published = image_attention_torch(paths), IMAGE_PROJ_TORCH
-    finetuned = UNET_SD15, image_proj_mindspore(EMBEDDER_SD15)
-    best = best_layout(file.tensors, probe, (finetuned[0], published[0]))
-    attention, proj = published if best is published[0] else finetuned
+    probe = [f"{path}.attn2.to_k_ip.weight" for path, _ in transformer_blocks(unet)]
+    layouts = {attention: (attention, proj) for attention, proj in adapter_layouts(unet).values()}
+    attention, proj = layouts[best_layout(file.tensors, probe, layouts)]
     size: ImageProjConfig | None = image_proj_config(View(file.tensors, proj))
     if size is None:
         plus = any(name.startswith(("image_proj.latents", "image_proj.proj.0")) for name in file.tensors)

@@ -1,11 +1,12 @@
 """Seeded stand-ins for the published SD-1.5 files: same names and layout, any size, values from a fixed rule.
 
-They let the demo, the tests and the benchmark go the way real weights go. Pictures made with them are noise.
+They let the tests and the benchmark go the way real weights go. Pictures made with them are noise.
 """
 from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
 from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
-from ldm.names import CONTROLNET_DIFFUSERS, VAE_DIFFUSERS
+from ldm.names import CLIP_TEXT_TORCH, CONTROLNET_DIFFUSERS, VAE_DIFFUSERS
 
-DEMO = SDSizes(
+MINIATURE = SDSizes(
     UNetConfig(model_channels=32, context_dim=128),
     AutoencoderConfig(channels=32),
     CLIPTextConfig(width=128, layers=2, heads=2, mlp_width=512),
@@ -67,7 +68,16 @@ def write_standin(path: Path, parts: list, seed: int = 0) -> None:
     write_checkpoint(path, infos, lambda name: seeded(name, infos[name].shape, seed))
 
 
-def write_sd_standins(folder: Path, sizes: SDSizes = DEMO, seed: int = 0) -> dict:
+def write_clip_standin(path: Path, sizes: SDSizes = MINIATURE, seed: int = 0) -> None:
+    """Write a whole CLIP in Hugging Face's layout: text and image encoder with their projections."""
+    with no_init_parameters():
+        text = CLIPTextTransformer(replace(sizes.text, projection=sizes.image.embed_dim))
+        image = CLIPImageTransformer(sizes.image)
+    parts = [(parameter_shapes(text), CLIP_TEXT_TORCH), (parameter_shapes(image), IMAGE_ENCODER_TORCH)]
+    write_standin(path, parts, seed)
+
+
+def write_sd_standins(folder: Path, sizes: SDSizes = MINIATURE, seed: int = 0) -> dict:
     """Write the published files of SD-1.5 with an IP-Adapter and a ControlNet, under their usual names.
 
     Returns:

@@ -20,6 +20,7 @@ from ip_adapter.pictures import line_chart
 from ip_adapter.training import AdamW, OptimizerConfig, TrainStep, learning_rate
 from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
 from ldm.errors import UserError
+from ldm.parallel import Group, average
 
 log = logging.getLogger(__name__)
 
@@ -48,21 +49,25 @@ class TrainingRun:
         length: samples of the data set.
         publish: (path without suffix, trained arrays) -> writes what users load; returns the paths.
         name: of published files, before `-N`.
+        group: the processes that train together; rank 0 alone writes.
+        validate: called with the step every `--validation_interval` steps, on rank 0.
 
     Raises:
         UserError: the folder holds a run and `--resume` is not given, or the state to resume is not of this run.
     """
 
-    def __init__(self, args: argparse.Namespace, optimizer: AdamW, length: int, publish: Callable, name: str = "sd"):
+    def __init__(self, args: argparse.Namespace, optimizer: AdamW, length: int, publish: Callable, name: str = "sd",
+                 group: Group = Group(), validate: Callable | None = None):
         self.args, self.optimizer, self.publish, self.name = args, optimizer, publish, name
-        self.folder = Path(args.output_path)
-        batch = args.train_batch_size * args.gradient_accumulation_steps
+        self.group, self.validate, self.folder = group, validate, Path(args.output_path)
+        batch = args.train_batch_size * group.size * args.gradient_accumulation_steps
+        self.batch = batch
         self.steps_per_epoch = math.ceil(length / batch)
         self.total = math.ceil(args.epochs * length / batch)
         if args.max_steps:
             self.total = min(self.total, args.max_steps)
         # What decides which samples and which random numbers a step sees.
-        self.identity = {"seed": args.seed, "train_batch_size": args.train_batch_size,
+        self.identity = {"seed": args.seed, "train_batch_size": args.train_batch_size * group.size,
                          "gradient_accumulation_steps": args.gradient_accumulation_steps, "rows": length,
                          "image_size": args.image_size}
         self.step, self.history, self.published = 0, [], []
@@ -119,7 +124,8 @@ class TrainingRun:
         """
         accumulation = self.args.gradient_accumulation_steps
         with _interruption() as interrupted, self._log_file() as write, tqdm(
-                total=self.total, initial=self.step, desc="training", unit="step", disable=None) as bar:
+                total=self.total, initial=self.step, desc="training", unit="step",
+                disable=True if self.group.rank else None) as bar:
             losses, begun = [], time.time()
             for batch in batches if self.step < self.total else ():
                 part = batch.step % accumulation
@@ -129,21 +135,31 @@ class TrainingRun:
                 if part < accumulation - 1:
                     continue
                 self.step += 1
-                images = self.args.train_batch_size * accumulation / (time.time() - begun)
+                # A signal reaches processes at different steps: they stop at the first that all have heard of.
+                loss, stop = average(np.array([np.mean(losses), interrupted()], np.float32))
+                images = self.batch / (time.time() - begun)
                 write(dict(zip(LOG_COLUMNS, (
-                    self.step, f"{np.mean(losses):.6g}", f"{rate:.6g}", float(self.optimizer.loss_scale.asnumpy()),
+                    self.step, f"{loss:.6g}", f"{rate:.6g}", float(self.optimizer.loss_scale.asnumpy()),
                     int(not made.asnumpy()), f"{images:.4g}"))))
-                bar.set_postfix(loss=f"{np.mean(losses):.4f}", lr=f"{rate:.2g}", **{"img/s": f"{images:.2f}"})
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}", **{"img/s": f"{images:.2f}"})
                 bar.update()
+                stop = bool(stop) and self.step < self.total
+                if self.group.rank == 0:
+                    self._write(stop)
                 losses, begun = [], time.time()
-                done = self.step == self.total or interrupted()
-                if done or self._save_due(self.step):
-                    self.save()
-                if done:
+                if stop:
+                    average(np.zeros(1, np.float32))  # rank 0 has saved before anybody leaves
+                    raise KeyboardInterrupt
+                if self.step == self.total:
                     break
-            if interrupted() and self.step < self.total:
-                raise KeyboardInterrupt
         log.info("%d steps in %s", self.step, self.folder)
+
+    def _write(self, stop: bool) -> None:
+        """The files that are due after a step."""
+        if stop or self.step == self.total or self._save_due(self.step):
+            self.save()
+        if self.validate and self.args.validation_interval and self.step % self.args.validation_interval == 0:
+            self.validate(self.step)
 
     def _learning_rate(self) -> float:
         a = self.args
@@ -171,7 +187,10 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def _log_file(self) -> Iterator[Callable]:
-        """A function that adds a row to log.csv; the file is on disk after every row."""
+        """A function that adds a row to log.csv; the file is on disk after every row. Rank 0 alone writes."""
+        if self.group.rank:
+            yield lambda row: None
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS)

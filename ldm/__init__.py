@@ -4,4 +4,7 @@ Here belong networks, their names on disk, schedules and samplers of the DDPM ki
 belongs to `gm`; image prompts, command lines and training belong to `ip_adapter`. Nothing here imports either.
 """
 
-import ldm.device  # noqa: F401  (first: it sets what MindSpore reads when it is imported)
+from ldm.parallel import adopt_open_mpi
+
+adopt_open_mpi()
+import ldm.device  # noqa: E402,F401  (after that, and before all else: it sets what MindSpore reads on import)

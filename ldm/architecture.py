@@ -79,12 +79,13 @@ def text_config(view: View, activation: str, head_width: int = 64) -> CLIPTextCo
         context_length=positions[0], vocab_size=table[0])
 
 
-def image_config(view: View, heads: int = 16) -> CLIPImageConfig | None:
-    """Sizes of the image encoder in `view`; None if there is none. ViT-H and ViT-bigG both have 16 heads."""
+def image_config(view: View, heads: int = 16, activation: str = "gelu") -> CLIPImageConfig | None:
+    """Sizes of the image encoder in `view`; None if there is none. ViT-L, ViT-H and ViT-bigG all have 16 heads."""
     patches, first = view.shape("conv1.weight"), view.shape("transformer.resblocks.0.mlp.c_fc.weight")
     positions, projection = view.shape("positional_embedding"), view.shape("proj")
     if None in (patches, first, positions, projection):
         return None
     return CLIPImageConfig(
         width=patches[0], layers=view.count("transformer.resblocks.{}.ln_1.gamma"), heads=heads, mlp_width=first[0],
-        patch_size=patches[2], image_size=math.isqrt(positions[0] - 1) * patches[2], embed_dim=projection[1])
+        patch_size=patches[2], image_size=math.isqrt(positions[0] - 1) * patches[2], embed_dim=projection[1],
+        activation=activation)

@@ -17,12 +17,13 @@ from ldm.errors import UserError  # noqa: E402
 DTYPES = {"float16": ms.float16, "float32": ms.float32}
 
 
-def start_device(device_target: str | None = None, ms_mode: int | None = None) -> None:
+def start_device(device_target: str | None = None, ms_mode: int | None = None, cpu_threads: int = 0) -> None:
     """Choose the device and the execution mode for this process.
 
     Args:
         device_target: "Ascend", "CPU", or None for Ascend if there is one, else the CPU.
         ms_mode: 0 compiles networks into graphs, 1 runs operator by operator (PyNative), None is `default_mode()`.
+        cpu_threads: that compute on the CPU, 0 for one a core; 1 where several processes share the machine.
 
     Raises:
         UserError: the device does not exist here.
@@ -39,6 +40,8 @@ def start_device(device_target: str | None = None, ms_mode: int | None = None) -
         # Asynchronous launches gain nothing where host and device are the same cores: the two threads take them
         # from each other, and an operator costs 4 ms (a time slice) instead of 50 us.
         ms.runtime.launch_blocking()
+        if cpu_threads:
+            ms.device_context.cpu.op_tuning.threads_num(cpu_threads)
 
 
 def on_ascend() -> bool:

@@ -98,7 +98,8 @@ class LatentDiffusion:
     controlnets: list[ControlNet] = field(default_factory=list)
 
     def __post_init__(self):
-        self.tokenizer = CLIPTokenizer(context_length=self.text_encoder.config.context_length)
+        self.context_length = self.text_encoder.config.context_length  # the encoder itself may leave memory
+        self.tokenizer = CLIPTokenizer(context_length=self.context_length)
         self.guided = GuidedDenoiser(self.unet, self.controlnets)
 
     def encode_text(self, texts: list) -> Tensor:
@@ -133,7 +134,7 @@ class LatentDiffusion:
         """
         context = ops.concat((uncond, cond), 0) if guidance_scale > 1 else cond
         scale = Tensor(guidance_scale, ms.float32)
-        text = ops.narrow(context, 1, 0, self.text_encoder.config.context_length)
+        text = ops.narrow(context, 1, 0, self.context_length)
         hints = ops.concat([control.hint for control in controls], 0) if controls else None
 
         def denoise(x: Tensor, t: int) -> Tensor:

@@ -116,3 +116,8 @@ HUGGING_FACE_TEXT = (
 )
 TEXT_TORCH = Layout("cond_stage_model.transformer.text_model.", HUGGING_FACE_TEXT + HUGGING_FACE_BLOCKS,
                     stacked=HUGGING_FACE_QKV)
+# A whole CLIP's text encoder; the image encoder beside it is ip_adapter/names.py's.
+CLIP_TEXT_TORCH = Layout("", HUGGING_FACE_TEXT + HUGGING_FACE_BLOCKS + (
+    (r"^(?!text_projection$)", "text_model."),
+    (r"^text_projection$", "text_projection.weight"),
+), stacked=HUGGING_FACE_QKV, transposed=r"^text_projection$", ignored=TORCH_BUFFERS)

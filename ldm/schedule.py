@@ -4,7 +4,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Tensor
 
 from ldm.errors import UserError
 
@@ -32,14 +31,21 @@ class NoiseSchedule:
         betas = np.linspace(self.beta_start ** 0.5, self.beta_end ** 0.5, TRAIN_STEPS) ** 2
         return np.cumprod(1.0 - betas)
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """Clean latents as they are at a timestep; all (B, C, H, W) float32.
+    def add_noise(self, latents, noise, timestep):
+        """Clean latents as they are at a timestep.
+
+        Args:
+            latents: (B, C, H, W), Tensor or array.
+            noise: the same shape, unit variance.
+            timestep: one for all, or (B,) int64 for arrays.
 
         Source:
             DDPM (arXiv 2006.11239), eq. 4.
         """
         alpha = self.alphas_cumprod()[timestep]
-        return latents * float(np.sqrt(alpha)) + noise * float(np.sqrt(1.0 - alpha))
+        factors = np.sqrt(alpha), np.sqrt(1.0 - alpha)
+        signal, sigma = (f.reshape(-1, 1, 1, 1) if np.ndim(timestep) else float(f) for f in factors)
+        return latents * signal + noise * sigma
 
 
 def leading_timesteps(steps: int, strength: float = 1.0) -> np.ndarray:

@@ -18,6 +18,7 @@ from ldm.device import start_device
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
+MPI_FLAGS = ["--allow-run-as-root", "--oversubscribe"]
 
 start_device("CPU", 1)
 
@@ -68,8 +69,9 @@ def outcome(capfd):
 
 
 def shell(*words, cwd) -> subprocess.CompletedProcess:
-    """Run a command in a process of its own, with this Python."""
-    words = [sys.executable if word == "python" else str(word) for word in words]
+    """Run a command in a process of its own, with this Python and the mpirun beside it; also as root, on few cores."""
+    here = {"python": [sys.executable], "mpirun": [Path(sys.executable).parent / "mpirun", *MPI_FLAGS]}
+    words = [str(part) for word in words for part in here.get(word, [word])]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 

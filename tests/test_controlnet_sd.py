@@ -11,7 +11,7 @@ import image_inpainting_sd
 import image_variation_sd
 from controlnet_sd import main
 from ip_adapter.merge import merge_sd
-from ip_adapter.standins import DEMO, write_sd_standins
+from ip_adapter.standins import MINIATURE, write_sd_standins
 from tests.conftest import DATA, assert_mistakes, pictures, psnr
 
 RECORDED = ["--img", DATA / "input.png", "--latents", DATA / "sd_latents.npy", "--H", "72", "--W", "104",
@@ -23,7 +23,7 @@ SMALL = ["--img", DATA / "input.png", "--control_image", DATA / "hint.png", "--H
 @pytest.fixture(scope="module")
 def second(tmp_path_factory) -> dict:
     """Stand-ins with other values."""
-    return write_sd_standins(tmp_path_factory.mktemp("second"), DEMO, seed=1)
+    return write_sd_standins(tmp_path_factory.mktemp("second"), MINIATURE, seed=1)
 
 
 def test_the_picture_of_diffusers(merged_control, tmp_path, outcome):
@@ -126,7 +126,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(merged, merged_control, st
     hint = DATA / "hint.png"
     cut = folder / "cut.safetensors"
     cut.write_bytes(standins["controlnet"].read_bytes()[:3000])
-    wide = write_sd_standins(folder / "wide", replace(DEMO, unet=replace(DEMO.unet, model_channels=64)))
+    wide = write_sd_standins(folder / "wide", replace(MINIATURE, unet=replace(MINIATURE.unet, model_channels=64)))
     assert_mistakes(outcome, main, ["--ckpt_path", merged_control, *SMALL], {
         "--control_image": (["--control_image", folder / "absent.png"], "absent.png: no such file"),
         "not a picture": (["--control_image", folder / "text.png"], "--control_image .*is not a picture"),

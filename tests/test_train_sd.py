@@ -18,7 +18,7 @@ from ip_adapter.cli import TRAINING_SD, config_from, training_parser
 from ip_adapter.config import TrainingConfig
 from ip_adapter.drawn_world import caption, draw, random_scene
 from ip_adapter.merge import merge_sd
-from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures
+from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures, psnr
 from train_sd import main
 
 
@@ -166,6 +166,28 @@ def test_float16_keeps_float32_weights_and_scales_the_loss(words, tmp_path, outc
     state = parameters(tmp_path)
     assert {value.dtype for name, value in state.items() if name.startswith("parameter.")} == {np.dtype(np.float32)}
     assert float(log_of(tmp_path)[0]["loss_scale"]) in (65536.0, 32768.0)
+
+
+def test_validation_pictures_are_those_of_the_weights(words, tmp_path, outcome):
+    """At their steps, the same with features kept, and as image_variation_sd.py makes them from the adapter saved."""
+    words += ["--validation_interval", "2", "--validation_count", "2", "--validation_steps", "3", "--ema_decay", "0"]
+    for name, flags in (("plain", []), ("cached", ["--cache_dir", tmp_path / "cache"])):
+        status, said = outcome(main, *words, *flags, "--output_path", tmp_path / name)
+        assert status == 0, said
+    names = ["step-2-00000.png", "step-4-00000.png"]
+    assert sorted(path.name for path in (tmp_path / "plain" / "validation").iterdir()) == names
+    sheets = [np.asarray(Image.open(tmp_path / "plain" / "validation" / name)) for name in names]
+    assert sheets[0].shape == (2 * 64, 3 * 64, 3) and not np.array_equal(sheets[0], sheets[1])
+    np.testing.assert_array_equal(sheets[0][:, :64], sheets[1][:, :64])  # the pictures themselves
+    cached = np.asarray(Image.open(tmp_path / "cached" / "validation" / names[0]))
+    assert psnr(sheets[0], cached) > 40
+    picture = words[1] / "0.png"
+    status, said = outcome(
+        image_variation_sd.main, "--version", "demo", "--img", picture, "--ckpt_path", words[3], "--ip_adapter",
+        tmp_path / "plain" / "ckpt" / "sd-4.ckpt", "--prompt", "", "--negative_prompt", "", "--H", "64", "--W", "64",
+        "--sampling_steps", "3", "--n_samples", "1", "--output_path", tmp_path / "made")
+    assert status == 0, said
+    np.testing.assert_allclose(pictures(tmp_path / "made")[0], sheets[1][:64, 64:128], atol=1)
 
 
 @pytest.mark.slow

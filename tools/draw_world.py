@@ -17,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
 from ip_adapter.cli import Parser, execute, in_range, start_logging  # noqa: E402
-from ip_adapter.drawn_world import caption, draw, random_scene  # noqa: E402
+from ip_adapter.drawn_world import draw, random_scene, training_caption  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
 
@@ -59,7 +59,7 @@ def write_pictures(folder: Path, count: int, seed: int, size: int) -> None:
         scene = random_scene(rng)
         name = f"{number:0{digits}d}.png"
         draw(scene, size).save(folder / name)
-        captions.append({"dir": name, "text": caption(scene, rng)})
+        captions.append({"dir": name, "text": training_caption(scene, rng)})
         scenes.append({"dir": name, **asdict(scene)})
     for name, rows in (("img_txt.csv", captions), ("scenes.csv", scenes)):
         with open(folder / name, "w", newline="", encoding="utf-8") as file:

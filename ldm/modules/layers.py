@@ -86,6 +86,9 @@ class Conv2d(nn.Cell):
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
         self.bias_add = ops.BiasAdd()
         self.matmul = ops.MatMul()
+        # The primitive: in a graph on the CPU the gradient of ops.pad loops for ever after some steps (MindSpore 2.10).
+        top, bottom, left, right = self.padding
+        self.pad = ops.Pad(((0, 0), (0, 0), (top, bottom), (left, right)))
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.conv(x, self.weight) if self.native else self._by_columns(x)
@@ -100,7 +103,7 @@ class Conv2d(nn.Cell):
         rows = max(1, COLUMN_ELEMENTS // (self.depth * out_w))
         inside = top if top == bottom == left == right and rows >= out_h else 0  # unfold pads faster than ops.pad
         if inside == 0 and top + bottom + left + right > 0:
-            x = ops.pad(x, (left, right, top, bottom))
+            x = self.pad(x)
         if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
             columns = self._columns(x, inside).transpose((1, 0, 2)).reshape((self.depth, batch * out_h * out_w))
             y = self.matmul(weight, columns).reshape((self.out_channels, batch, out_h, out_w))

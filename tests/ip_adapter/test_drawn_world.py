@@ -12,6 +12,7 @@ from PIL import Image
 
 from ip_adapter.drawn_world import (
     COLOURS,
+    NEUTRAL,
     SHAPES,
     Scene,
     Seen,
@@ -24,6 +25,7 @@ from ip_adapter.drawn_world import (
     place,
     random_scene,
     shape_mask,
+    training_caption,
 )
 
 SCENE = Scene("star", "orange", "black", 0.3, 0.35, 0.25, 10.0)
@@ -143,6 +145,20 @@ def test_captions_name_what_is_drawn_and_places_are_true():
         assert " a orange" not in f" {' '.join(words)}"
         said.update(words)
     assert set(true) <= said
+
+
+def test_captions_to_train_on_say_nothing_wrong():
+    """Some are whole, some partial, some say nothing; which, follows from the generator alone."""
+    said = [(scene, training_caption(scene, np.random.default_rng(n))) for n, scene in enumerate(scenes(1000))]
+    kinds = {"whole": 0, "partial": 0, "neutral": 0}
+    for scene, text in said:
+        words = set(text.replace(",", "").split())
+        assert words & set(COLOURS) <= {scene.colour, scene.ground} and words & set(SHAPES) <= {scene.shape}
+        whole = {scene.colour, scene.ground, scene.shape} <= words
+        kinds["whole" if whole else "neutral" if text in NEUTRAL else "partial"] += 1
+    assert (kinds["whole"], kinds["partial"], kinds["neutral"]) == pytest.approx((600, 300, 100), abs=60)
+    assert sum(text.startswith(f"{NEUTRAL[0]}, ") for _, text in said) == pytest.approx(90, abs=40)
+    assert all(text == training_caption(scene, np.random.default_rng(n)) for n, (scene, text) in enumerate(said))
 
 
 @pytest.mark.parametrize("x, y, words", [

@@ -10,7 +10,7 @@ from mindspore.nn.utils import no_init_parameters
 from ip_adapter.build import build_sd
 from ip_adapter.config import ModelConfig
 from ip_adapter.merge import convert_sd, merge_sd
-from ip_adapter.standins import DEMO, write_sd_standins
+from ip_adapter.standins import MINIATURE, write_sd_standins
 from ldm.checkpoint import Part, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
 from ldm.modules.controlnet import ControlNet
@@ -65,7 +65,7 @@ def test_merged_values(merged_control, standins):
 def original_controlnet(standins) -> dict:
     """The ControlNet as lllyasviel's original files have it."""
     with no_init_parameters():
-        shapes = parameter_shapes(ControlNet(DEMO.unet))
+        shapes = parameter_shapes(ControlNet(MINIATURE.unet))
     with open_checkpoint(standins["controlnet"]) as file:
         return {f"control_model.{name}": read() for name, (_, read) in plan(
             Part(shapes, file, CONTROLNET_DIFFUSERS), CONTROLNET_TORCH[1]).items()}
@@ -121,9 +121,9 @@ def test_float16_and_a_finetuned_adapter(merged, standins, tmp_path):
 
 
 def test_what_does_not_fit_is_named(standins, tmp_path):
-    other = write_sd_standins(tmp_path / "other", replace(DEMO, image=replace(DEMO.image, embed_dim=48),
-                                                          proj=DEMO.proj._replace(embed_dim=48)))
-    wide = write_sd_standins(tmp_path / "wide", replace(DEMO, unet=replace(DEMO.unet, context_dim=64)))
+    other = write_sd_standins(tmp_path / "other", replace(MINIATURE, image=replace(MINIATURE.image, embed_dim=48),
+                                                          proj=MINIATURE.proj._replace(embed_dim=48)))
+    wide = write_sd_standins(tmp_path / "wide", replace(MINIATURE, unet=replace(MINIATURE.unet, context_dim=64)))
     out = tmp_path / "out.ckpt"
     cases = [
         ({"ip_adapter": other["ip_adapter"]}, "trained with an encoder of width 48; the encoder given is of width 32"),
@@ -159,3 +159,15 @@ def test_plus_adapters_are_not_mistaken_for_plain_ones(standins, tmp_path):
     save_arrays(tmp_path / "plus.safetensors", {**plus, "image_proj.latents": np.zeros((1, 16, 8), np.float32)})
     with pytest.raises(CheckpointError, match="plus or full-face"):
         merge_sd(**{**standins, "ip_adapter": tmp_path / "plus.safetensors"}, out=tmp_path / "out.ckpt")
+
+
+def test_a_merged_file_may_be_merged_again(merged_control, standins, tmp_path):
+    """With another adapter, and without what it held beyond the base: as a merge of the files it came from."""
+    other = write_sd_standins(tmp_path / "other", MINIATURE, seed=2)["ip_adapter"]
+    for name, sources in (("again", {"sd": merged_control, "vae": None, "open_clip_vit": merged_control}),
+                          ("first", {})):
+        merge_sd(**{**standins, **sources, "ip_adapter": other, "controlnet": None}, out=tmp_path / f"{name}.ckpt")
+    again, first = arrays(tmp_path / "again.ckpt"), arrays(tmp_path / "first.ckpt")
+    assert again.keys() == first.keys()
+    for name, value in again.items():
+        np.testing.assert_array_equal(value, first[name], err_msg=name)

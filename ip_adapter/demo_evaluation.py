@@ -1,0 +1,147 @@
+"""What the demo model's pictures show, judged by pixels (`drawn_world.look`), task by task, against what was asked."""
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Iterable, Iterator
+
+import numpy as np
+from mindspore import Tensor, ops
+from PIL import Image
+
+from ip_adapter.build import ImagePromptModel
+from ip_adapter.drawn_world import (
+    COLOURS,
+    NEUTRAL,
+    Scene,
+    agreement,
+    caption,
+    draw,
+    iou,
+    look,
+    outline,
+    random_scene,
+    shape_mask,
+)
+from ip_adapter.generation import contexts, generate
+from ip_adapter.preprocess import clip_pixels, hint_pixels, latent_mask, latent_pixels, paste
+from ldm.ddim import KeptRegion
+from ldm.model import Control
+from ldm.schedule import leading_timesteps
+
+SHEET_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is given.
+
+    Attributes:
+        ip_scale: weight of the picture prompt.
+        text: "neutral" (the scripts' default prompt), "caption", or "other ground" (another ground colour alone).
+        controlled: whether the outline is a hint.
+        half: whether only the half with the shape's centre is repainted, of the scene's own picture.
+    """
+
+    ip_scale: float = 1.0
+    text: str = "neutral"
+    controlled: bool = False
+    half: bool = False
+
+
+TASKS = {"image": Task(), "text": Task(0.0, "caption"), "both": Task(0.5, "other ground"),
+         "controlnet": Task(controlled=True), "inpainting": Task(controlled=True, half=True)}
+
+
+class DemoJudge:
+    """Makes pictures of scenes nobody trained on, and counts what is right.
+
+    Args:
+        model: the demo model.
+        size: side of the pictures.
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance.
+        seed: scene n follows from seed and n; noise from both and the variation.
+        count: scenes.
+        variations: pictures of each.
+    """
+
+    def __init__(self, model: ImagePromptModel, size: int, steps: int, guidance_scale: float, seed: int, count: int,
+                 variations: int):
+        self.model, self.size, self.guidance_scale, self.seed = model, size, guidance_scale, seed
+        self.timesteps, self.variations = leading_timesteps(steps), variations
+        self.scenes = [random_scene(np.random.default_rng([seed, n])) for n in range(count)]
+        self.negative = model.diffusion.encode_text([NEUTRAL[1]])
+
+    def other_ground(self, n: int) -> str:
+        """A colour that scene n has not, and another than that of its shape."""
+        scene = self.scenes[n]
+        names = [name for name in COLOURS if name not in (scene.ground, scene.colour)]
+        return names[np.random.default_rng([self.seed, n, 1]).integers(len(names))]
+
+    def batches(self, task: Task) -> Iterator[np.ndarray]:
+        """The pictures of each scene, (variations, size, size, 3) uint8."""
+        model, encoder = self.model, self.model.embedder.image_encoder
+        model.set_ip_scale(task.ip_scale)
+        for n, scene in enumerate(self.scenes):
+            picture = draw(scene, self.size)
+            words = {"neutral": NEUTRAL[0], "caption": caption(scene),
+                     "other ground": f"a {self.other_ground(n)} ground"}
+            text = model.diffusion.encode_text([words[task.text].replace("a orange", "an orange")])
+            embedding = encoder(Tensor(clip_pixels(picture, encoder.config.image_size)[None]))
+            sides = contexts(model, *(ops.broadcast_to(x, (self.variations,) + x.shape[1:]) for x in (
+                text, self.negative, embedding)))
+            seeds = [self.seed + n * self.variations + k for k in range(self.variations)]
+            make = functools.partial(generate, model, sides, seeds, self.size, self.timesteps, self.guidance_scale,
+                                     self._controls(task, scene))
+            if not task.half:
+                yield make()
+                continue
+            mask, clean = self._half(scene), model.diffusion.encode_image(latent_pixels(picture))
+            made = make(keep=lambda noise, clean=clean, mask=mask: KeptRegion(
+                clean, noise, latent_mask(mask), model.diffusion.schedule))
+            yield paste(made, picture, mask)
+
+    def _controls(self, task: Task, scene: Scene) -> list:
+        if not task.controlled:
+            return []
+        hint = self.model.diffusion.controlnets[0].embed_hint(Tensor(hint_pixels(outline(scene, self.size))))
+        return [Control(hint, 1.0, {int(t) for t in self.timesteps})]
+
+    def _half(self, scene: Scene) -> np.ndarray:
+        """(H, W) bool: the left or right half, where the shape's centre is."""
+        left = np.arange(self.size) < self.size // 2
+        return np.broadcast_to(left if scene.x < 0.5 else ~left, (self.size, self.size)).copy()
+
+    def judge(self, task: Task, batches: Iterable[np.ndarray]) -> tuple:
+        """Shares of what is right, and a sheet: each row a scene and what was made of it.
+
+        Returns:
+            Name -> share in [0, 1]: colour, ground, shape; for "other ground" both (ground as the text, colour as the
+            picture has it); iou with the scene's shape; and chance_*, the same with the next scene in place of the
+            right one.
+        """
+        counts, rows = {}, []
+        for n, pictures in enumerate(batches):
+            scene = self._expected(task, n)
+            wrong = self._expected(task, (n + 1) % len(self.scenes))
+            for picture in pictures:
+                seen = look(Image.fromarray(picture))
+                for prefix, expected in (("", scene), ("chance_", wrong)):
+                    colour, ground, shape = agreement(expected, seen)
+                    right = {"colour": colour, "ground": ground, "shape": shape}
+                    if task.text == "other ground":
+                        right = {"both": colour and ground, **right}
+                    if task.controlled:
+                        right["iou"] = iou(seen.mask, shape_mask(expected, self.size))
+                    for name, value in right.items():
+                        counts.setdefault(prefix + name, []).append(float(value))
+            if n < SHEET_ROWS:
+                rows.append(np.concatenate([np.asarray(draw(self.scenes[n], self.size)), *pictures], 1))
+        return {name: float(np.mean(values)) for name, values in counts.items()}, np.concatenate(rows)
+
+    def _expected(self, task: Task, n: int) -> Scene:
+        scene = self.scenes[n]
+        if task.text != "other ground":
+            return scene
+        return Scene(**{**vars(scene), "ground": self.other_ground(n)})

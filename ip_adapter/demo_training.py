@@ -1,0 +1,263 @@
+"""What the networks under the demo model's adapter are trained with: sizes, first weights, losses, inputs.
+
+A whole Stable Diffusion in small, in the order autoencoder, text and image encoder, UNet, ControlNet; its adapter is
+trained by train_sd.py like any other.
+"""
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from ip_adapter.build import ImagePromptModel
+from ip_adapter.config import TrainingConfig
+from ip_adapter.dataset import Batch, ImageTextDataset, draws, square
+from ip_adapter.feature_cache import FeatureBatch, FeatureCache
+from ip_adapter.features import FrozenEncoders, training_inputs
+from ip_adapter.image_prompt import ImageProjConfig
+from ip_adapter.merge import merge_sd
+from ip_adapter.model_file import network_parameters, save_model
+from ip_adapter.parts import SDSizes
+from ip_adapter.patch import unpatch_cross_attention
+from ip_adapter.preprocess import canny, hint_pixels
+from ip_adapter.standins import write_sd_standins
+from ip_adapter.training import NoisePredictionLoss
+from ldm.errors import UserError
+from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
+from ldm.modules.controlnet import ControlNet
+from ldm.modules.unet import UNetConfig, UNetModel
+
+DEMO = SDSizes(
+    UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 3), context_dim=64),
+    AutoencoderConfig(channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=1),
+    CLIPTextConfig(width=64, layers=3, heads=1, mlp_width=256),
+    CLIPImageConfig(width=128, layers=3, mlp_width=512, patch_size=32, embed_dim=64),
+    ImageProjConfig(embed_dim=64, context_dim=64),
+)
+KL_WEIGHT = 1e-3  # of the mean over a latent's elements, against a mean over pixels
+EDGES = 100, 200  # Canny's thresholds of the hints the ControlNet learns from
+
+
+def demo_start(path: Path, seed: int) -> None:
+    """Write the merged checkpoint that training begins with: seeded weights, no adapter."""
+    with tempfile.TemporaryDirectory() as folder:
+        merge_sd(**{**write_sd_standins(Path(folder), DEMO, seed), "controlnet": None}, out=path, skip_ip=True)
+
+
+class AutoencoderLoss(nn.Cell):
+    """Mean absolute and mean squared error of the pixels, and the divergence of the posterior from a unit normal.
+
+    Source:
+        arXiv 1312.6114, eq. 10, with weights of our own.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__(auto_prefix=False)
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+
+    def construct(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] and (B, z, H / 8, W / 8) unit noise -> () float32."""
+        moments = self.quant_conv(self.encoder(pixels))
+        mean, log_variance = ops.split(moments, moments.shape[1] // 2, 1)
+        divergence = 0.5 * (ops.square(mean) + ops.exp(log_variance) - 1.0 - log_variance).mean()
+        error = self.decoder(self.post_quant_conv(mean + ops.exp(0.5 * log_variance) * noise)) - pixels
+        return ops.abs(error).mean() + ops.square(error).mean() + KL_WEIGHT * divergence
+
+
+class ContrastiveLoss(nn.Cell):
+    """Cross-entropy of finding each picture's caption in the batch, and each caption's picture.
+
+    Source:
+        CLIP (arXiv 2103.00020), fig. 3; the text's pooled state needs no projection, for it is as wide as the image
+        embedding.
+    """
+
+    def __init__(self, text: CLIPTextTransformer, image: CLIPImageTransformer):
+        super().__init__()  # with prefixes: both have a positional_embedding
+        self.text, self.image = text, image
+        self.logit_scale = Parameter(Tensor(np.log(1 / 0.07), ms.float32), "logit_scale")
+
+    def construct(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        """(B, T) int32 and (B, 3, 224, 224) -> () float32."""
+        a, b = self._unit(self.text(tokens)[2]), self._unit(self.image(pixels))
+        logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * ops.MatMul(transpose_b=True)(a, b)
+        own = ops.arange(logits.shape[0])
+        return 0.5 * (ops.cross_entropy(logits, own) + ops.cross_entropy(logits.T, own))
+
+    def _unit(self, x: Tensor) -> Tensor:
+        return x / ops.sqrt(ops.square(x).sum(-1, keepdims=True))
+
+
+class ControlNetLoss(nn.Cell):
+    """Mean squared error of the noise a UNet predicts with a ControlNet's residuals; arXiv 2302.05543, eq. 5."""
+
+    def __init__(self, unet: UNetModel, controlnet: ControlNet):
+        super().__init__(auto_prefix=False)
+        self.unet, self.controlnet, self.hint_block = unet, controlnet, controlnet.input_hint_block
+
+    def construct(self, x: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, hint: Tensor) -> Tensor:
+        """As `NoisePredictionLoss`, with hints (B, 3, H, W) in [0, 1] in place of embeddings."""
+        residuals = self.controlnet(x, timesteps, text, self.hint_block(hint), Tensor(1.0, ms.float32))
+        return ops.square(self.unet(x, timesteps, text, None, residuals) - noise).mean()
+
+
+class Stage(NamedTuple):
+    """How one part of the demo model is trained."""
+
+    loss: nn.Cell
+    parameters: dict  # name -> parameter that trains
+    make: Callable  # (row, position) -> sample
+    collate: Callable  # (step, positions, samples) -> batch
+    inputs: Callable  # batch -> what the loss takes
+    publish: Callable  # (path without suffix, trained arrays) -> the files written
+
+
+def autoencoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
+    """The autoencoder, on pictures alone."""
+    vae, z = model.diffusion.vae, model.diffusion.vae.config.latent_channels
+
+    def make(row: int, position: int) -> tuple:
+        image, _ = square(dataset.picture(row), args.image_size, None, str(dataset.path(row)))
+        shape = z, args.image_size // 8, args.image_size // 8
+        pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
+        return pixels, np.random.default_rng([args.seed, position]).standard_normal(shape, np.float32)
+
+    def publish(path: Path, trained: dict) -> list:
+        rows = range(0, len(dataset), max(1, len(dataset) // 128))
+        moments = np.concatenate([vae.encode(Tensor(make(row, 0)[0][None])).asnumpy() for row in rows])
+        return save_model(path, model, normalised(trained, moments, model.diffusion.scale_factor))
+
+    return Stage(AutoencoderLoss(vae), network_parameters({"vae": vae}), make, _columns, _tensors, publish)
+
+
+def decoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
+    """The decoder alone, further: latents stay what they are, so this may run while the UNet trains on them."""
+    stage = autoencoder_stage(model, dataset, args)
+    decoder = {name: parameter for name, parameter in stage.parameters.items()
+               if name.startswith(("vae.decoder.", "vae.post_quant_conv."))}
+    return stage._replace(parameters=decoder, publish=lambda path, trained: save_model(path, model, trained))
+
+
+def normalised(trained: dict, moments: np.ndarray, scale_factor: float) -> dict:
+    """The same autoencoder with latents that have mean 0 and, times `scale_factor`, deviation 1 in every channel.
+
+    Args:
+        trained: `vae.path` -> array.
+        moments: (N, 2 z, h, w) what it encodes pictures to.
+        scale_factor: as in SD-1.5.
+    """
+    z = moments.shape[1] // 2
+    mean, deviation = moments[:, :z].mean((0, 2, 3)), moments[:, :z].std((0, 2, 3))
+    gain = 1 / (scale_factor * deviation)
+    out, quant, post = dict(trained), "vae.quant_conv.", "vae.post_quant_conv."
+    weight, bias = trained[quant + "weight"].copy(), trained[quant + "bias"].copy()
+    weight[:z] *= gain[:, None, None, None]
+    bias[:z] = (bias[:z] - mean) * gain
+    bias[z:] += 2 * np.log(gain)  # the log variance
+    out[quant + "weight"], out[quant + "bias"] = weight, bias
+    weight = trained[post + "weight"]
+    out[post + "weight"] = weight / gain[None, :, None, None]
+    out[post + "bias"] = trained[post + "bias"] + weight[:, :, 0, 0] @ mean
+    return out
+
+
+def encoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
+    """Text and image encoder together."""
+    text, image = model.diffusion.text_encoder, model.embedder.image_encoder
+    if text.config.width != image.config.embed_dim:
+        raise UserError(f"--pretrained_model_path {args.pretrained_model_path}: its text states are "
+                        f"{text.config.width} wide, its image embedding {image.config.embed_dim}; only a model with "
+                        "equal widths, such as the demo model, can learn both together")
+    loss = ContrastiveLoss(text, image)
+
+    def make(row: int, position: int) -> tuple:
+        sample = dataset.sample(row, None)
+        return model.diffusion.tokenizer([sample.text])[0], sample.clip_pixels
+
+    return Stage(loss, {**network_parameters({"text": text, "image": image}), "logit_scale": loss.logit_scale}, make,
+                 _columns, _tensors, lambda path, trained: save_model(path, model, trained))
+
+
+def unet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
+    """The UNet under text alone."""
+    unet, cache = model.diffusion.unet, _features(model, dataset, args)
+    if not args.resume:
+        start_at_zero(unet, r"^out\.2\.|\.out_layers\.3\.|\.proj_out\.")
+    noisy = _noisy(model, cache.encoders, args)
+    return Stage(NoisePredictionLoss(unet), network_parameters({"unet": unet}), cache.sample, cache.collate,
+                 lambda batch: noisy(batch)[:4], lambda path, trained: save_model(path, model, trained))
+
+
+def controlnet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
+    """A ControlNet on edges, that starts as the UNet's copy and in silence."""
+    diffusion, cache = model.diffusion, _features(model, dataset, args)
+    controlnet = ControlNet(diffusion.unet.config)
+    diffusion.controlnets.append(controlnet)
+    copied = dict(diffusion.unet.parameters_and_names())
+    for path, parameter in controlnet.parameters_and_names():
+        if path in copied:
+            parameter.set_data(Tensor(copied[path].asnumpy()))
+    start_at_zero(controlnet, r"^(zero_convs|middle_block_out)\.")
+    noisy = _noisy(model, cache.encoders, args)
+
+    def make(row: int, position: int) -> tuple:
+        image, _ = square(dataset.picture(row), args.image_size, None, str(dataset.path(row)))
+        return cache.sample(row, position), hint_pixels(canny(image, *EDGES))[0]
+
+    def collate(step: int, positions: np.ndarray, samples: list) -> _Arrays:
+        records, hints = zip(*samples)
+        return _Arrays(step, (cache.collate(step, positions, records), np.stack(hints)))
+
+    return Stage(ControlNetLoss(diffusion.unet, controlnet), network_parameters({"controlnet": controlnet}), make,
+                 collate, lambda batch: (*noisy(batch.arrays[0])[:4], Tensor(batch.arrays[1])),
+                 lambda path, trained: save_model(path, model, trained))
+
+
+STAGES = {"vae": autoencoder_stage, "decoder": decoder_stage, "clip": encoder_stage, "unet": unet_stage,
+          "controlnet": controlnet_stage}
+
+
+def start_at_zero(cell: nn.Cell, pattern: str) -> None:
+    """Set the parameters to zero whose path matches."""
+    for path, parameter in cell.parameters_and_names():
+        if re.search(pattern, path):
+            parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
+
+
+class _Arrays(NamedTuple):
+    step: int
+    arrays: tuple
+
+
+def _columns(step: int, positions: np.ndarray, samples: list) -> _Arrays:
+    return _Arrays(step, tuple(np.stack(column) for column in zip(*samples)))
+
+
+def _tensors(batch: _Arrays) -> tuple:
+    return tuple(Tensor(array) for array in batch.arrays)
+
+
+def _features(model: ImagePromptModel, dataset: ImageTextDataset, args) -> FeatureCache:
+    """The features of all pictures, computed once; the UNet is left without image attention."""
+    unpatch_cross_attention(model.diffusion.unet)
+    cache = FeatureCache(Path(args.cache_dir), FrozenEncoders(model), args.image_size)
+    cache.fill(dataset, 64)
+    return cache
+
+
+def _noisy(model: ImagePromptModel, encoders: FrozenEncoders, args: TrainingConfig) -> Callable:
+    """FeatureBatch -> noisy latents, timesteps, noise, text, image embedding."""
+    def inputs(batch: FeatureBatch | Batch) -> tuple:
+        features = batch.features
+        drawn = [draws(args.seed, int(position), features.mean.shape[1:], 0.0, args.drop_text_prob, 0.0)
+                 for position in batch.positions]
+        return training_inputs(features, drawn, encoders.empty_text, model.diffusion.schedule,
+                               model.diffusion.scale_factor)
+    return inputs

@@ -1,0 +1,69 @@
+"""A whole model written as one merged checkpoint, such as the stages of the demo model."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from mindspore import nn
+
+from ip_adapter.build import ImagePromptModel
+from ip_adapter.names import EMBEDDER_SD15, TEXT_ONLY, image_encoder_mindspore
+from ldm.checkpoint import Layout, parameter_shapes
+from ldm.checkpoint_file import save_arrays
+from ldm.names import CONTROLNET_SD15, TEXT_SD15, UNET_SD15, VAE_MINDSPORE
+
+
+def networks(model: ImagePromptModel) -> dict:
+    """Name -> (network, its layout in a merged file); the projector is left out, for adapters are trained later."""
+    diffusion = model.diffusion
+    parts = {"unet": (diffusion.unet, UNET_SD15), "vae": (diffusion.vae, VAE_MINDSPORE),
+             "text": (diffusion.text_encoder, TEXT_SD15),
+             "image": (model.embedder.image_encoder, image_encoder_mindspore(EMBEDDER_SD15))}
+    if diffusion.controlnets:
+        parts["controlnet"] = diffusion.controlnets[0], CONTROLNET_SD15
+    return parts
+
+
+def network_parameters(cells: dict) -> dict:
+    """`name.path` -> parameter, of cells by name; image attention is left out."""
+    return {f"{name}.{path}": parameter for name, cell in cells.items() for path, parameter in _held(cell)}
+
+
+def save_model(path: Path, model: ImagePromptModel, trained: dict) -> list:
+    """Write a checkpoint in float16, as `tools/merge_ckpts_sd.py --skip_ip` makes them.
+
+    Args:
+        path: without the suffix; `.ckpt` is added.
+        model: its UNet without image attention, which starts as a copy of the text attention.
+        trained: `name.path` -> array, in place of the network's own value.
+
+    Returns:
+        The path, in a list.
+    """
+    arrays = {}
+    for name, (cell, layout) in networks(model).items():
+        for inner, value in _values(cell, name, trained).items():
+            copies = [inner]
+            if name == "unet" and re.search(r"\.attn2\.to_[kv]\.", inner):
+                copies.append(re.sub(r"\.to_([kv])\.", r".to_\1_ip.", inner))
+            for copy in copies:
+                arrays.update(_on_disk(layout, copy, value))
+    path = path.with_name(path.name + ".ckpt")
+    save_arrays(path, arrays)
+    return [path]
+
+
+def _held(cell: nn.Cell) -> list:
+    """(path, parameter) of all that files hold, but for image attention."""
+    shapes = parameter_shapes(cell, TEXT_ONLY)
+    return [(path, parameter) for path, parameter in cell.parameters_and_names() if path in shapes]
+
+
+def _values(cell: nn.Cell, name: str, trained: dict) -> dict:
+    return {path: trained.get(f"{name}.{path}", parameter.asnumpy()) for path, parameter in _held(cell)}
+
+
+def _on_disk(layout: Layout, path: str, value: np.ndarray) -> dict:
+    value = value.astype(np.float16)
+    return {name: take(value) for name, (_, take) in layout.source(path).disassemble(value.shape).items()}

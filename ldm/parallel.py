@@ -1,0 +1,144 @@
+"""Several processes that train together: how they find each other, average what they compute, and leave.
+
+`msrun` tells MindSpore all it needs, and so does `mpirun` on Ascend. On the CPU MindSpore does not understand Open MPI:
+there every process takes over what msrun would have given it, and rank 0 starts the scheduler that msrun would have
+started. This has to happen before MindSpore is imported, so `ldm` imports this module first.
+"""
+from __future__ import annotations
+
+import ctypes
+import glob
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ldm.errors import UserError
+
+MEETING_SECONDS = 60  # how long a process waits for rank 0 to say where the scheduler is
+_scheduler: list = []  # the process that rank 0 has started, and the file that names its port
+_joined: list = []  # the group, once joined
+_adopted = False  # whether mpirun's variables were turned into MindSpore's
+
+
+class Group(NamedTuple):
+    """The processes of a run; the default is one alone."""
+
+    rank: int = 0
+    size: int = 1
+
+
+def adopt_open_mpi() -> None:
+    """Under `mpirun` on the CPU, turn Open MPI's variables into MindSpore's; rank 0 also starts the scheduler."""
+    size = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
+    if size == 1 or "MS_ROLE" in os.environ or glob.glob("/dev/davinci*"):
+        return
+    global _adopted
+    _adopted, rank = True, os.environ["OMPI_COMM_WORLD_RANK"]
+    job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid", str(os.getppid()))
+    name = hashlib.sha256(f"{os.getuid()} {job} {os.getppid()}".encode()).hexdigest()[:16]
+    meeting = Path(tempfile.gettempdir()) / f"ip_adapter-{name}.port"
+    for variable in [v for v in os.environ if v.startswith(("OMPI_", "PMIX_", "PRTE_"))]:
+        del os.environ[variable]
+    os.environ.update(MS_ROLE="MS_WORKER", MS_WORKER_NUM=str(size), MS_NODE_ID=rank, MS_SCHED_HOST="127.0.0.1")
+    if rank == "0":
+        os.environ["MS_SCHED_PORT"] = str(_free_port())
+        _start_scheduler(meeting)
+    else:
+        os.environ["MS_SCHED_PORT"] = _read_port(meeting)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start_scheduler(meeting: Path) -> None:
+    """A process that only introduces the others; it dies with this one, whatever happens."""
+    program = "from mindspore import communication; communication.init('mccl')"
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "MS_ROLE": "MS_SCHED"},
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=die_with_parent, start_new_session=True)
+    unfinished = meeting.with_suffix(".tmp")
+    unfinished.write_text(os.environ["MS_SCHED_PORT"])
+    unfinished.replace(meeting)
+    _scheduler.append((process, meeting))
+
+
+def _read_port(meeting: Path) -> str:
+    deadline = time.time() + MEETING_SECONDS
+    while not meeting.exists():
+        if time.time() > deadline:
+            sys.exit("the first process of this mpirun has not started within a minute")
+        time.sleep(0.05)
+    return meeting.read_text()
+
+
+def join() -> Group:
+    """Meet the other processes.
+
+    Raises:
+        UserError: this process was started alone, or they cannot be reached.
+    """
+    from mindspore import communication
+
+    from ldm.device import on_ascend
+    if "MS_ROLE" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        raise UserError("--is_parallel True: this process was started alone; start it as `mpirun -n 2 python "
+                        "SCRIPT.py ...` or `msrun --worker_num=2 --local_worker_num=2 --join=True SCRIPT.py ...`")
+    try:
+        communication.init("hccl" if on_ascend() else "mccl")
+    except RuntimeError as error:
+        raise UserError(f"--is_parallel True: the processes cannot reach each other ({str(error).splitlines()[0]})"
+                        ) from None
+    for _, meeting in _scheduler:
+        meeting.unlink()  # all have read it
+    _joined.append(Group(communication.get_rank(), communication.get_group_size()))
+    return _joined[0]
+
+
+def average(values: np.ndarray) -> np.ndarray:
+    """The mean over all processes of a small float32 array; every process has to call it. Alone, the array itself."""
+    if not _joined:
+        return values
+    from mindspore import Tensor, ops
+    return ops.AllReduce()(Tensor(values)).asnumpy() / _joined[0].size
+
+
+def leave(status: int) -> None:
+    """Part from the other processes, if there are any.
+
+    With a scheduler of our own the process ends here and at once: MindSpore would wait for it for up to a minute. That
+    of msrun, and HCCL, want a farewell, which MindSpore says when Python exits.
+
+    Args:
+        status: exit status; with 0 all processes wait for each other first, for one that is gone breaks the others.
+    """
+    if not _joined:
+        return
+    if status == 0:
+        average(np.zeros(1, np.float32))  # the CPU has no Barrier
+    if not _adopted:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for process, _ in _scheduler:
+        process.kill()
+        process.wait()
+    os._exit(status)

@@ -1,0 +1,171 @@
+"""Training of the demo model's own networks: losses by their formulas, first weights, every stage end to end."""
+from __future__ import annotations
+
+import runpy
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from ip_adapter.build import ExtraParts, build_sd
+from ip_adapter.config import ModelConfig
+from ip_adapter.demo_training import (
+    KL_WEIGHT,
+    AutoencoderLoss,
+    ContrastiveLoss,
+    ControlNetLoss,
+    demo_start,
+    normalised,
+    start_at_zero,
+)
+from ip_adapter.drawn_world import draw, random_scene, training_caption
+from ip_adapter.merge import merge_sd
+from ip_adapter.model_file import network_parameters, save_model
+from ip_adapter.patch import unpatch_cross_attention
+from ip_adapter.standins import MINIATURE
+from ip_adapter.training import NoisePredictionLoss
+from ldm.modules.controlnet import ControlNet
+from tests.conftest import ROOT, arrays
+
+
+@pytest.fixture(scope="module")
+def bare(standins, tmp_path_factory):
+    """Merged stand-ins without an adapter: what every stage begins with."""
+    path = tmp_path_factory.mktemp("bare") / "bare.ckpt"
+    merge_sd(**{**standins, "ip_adapter": None, "controlnet": None}, out=path, skip_ip=True)
+    return path
+
+
+@pytest.fixture
+def model(bare):
+    return build_sd(bare, ModelConfig(), train_adapter=True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    rows = ["dir,text"]
+    for n in range(6):
+        rng = np.random.default_rng(n)
+        scene = random_scene(rng)
+        draw(scene, 32).save(folder / f"{n}.png")
+        rows.append(f'{n}.png,"{training_caption(scene, rng)}"')
+    (folder / "img_txt.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_the_autoencoders_loss(model):
+    rng = np.random.default_rng(0)
+    vae = model.diffusion.vae
+    pixels = rng.uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32)
+    noise = rng.standard_normal((2, 4, 4, 4)).astype(np.float32)
+    mean, log_variance = np.split(vae.encode(Tensor(pixels)).asnumpy(), 2, 1)
+    error = vae(Tensor(mean + np.exp(log_variance / 2) * noise)).asnumpy() - pixels
+    divergence = (mean**2 + np.exp(log_variance) - 1 - log_variance).mean() / 2
+    expected = np.abs(error).mean() + (error**2).mean() + KL_WEIGHT * divergence
+    assert float(AutoencoderLoss(vae)(Tensor(pixels), Tensor(noise)).asnumpy()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_contrastive_loss(model):
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((5, 8)).astype(np.float32) for _ in range(2))
+
+    class Fixed(ms.nn.Cell):
+        def __init__(self, value):
+            super().__init__()
+            self.value = Tensor(value)
+
+        def construct(self, x):
+            return self.value
+
+    class Text(Fixed):
+        def construct(self, x):
+            return x, x, self.value
+
+    loss = ContrastiveLoss(Text(a), Fixed(b))(Tensor(0.0), Tensor(0.0))
+    logits = np.exp(np.log(1 / 0.07)) * unit(a) @ unit(b).T
+    log_p = [np.diag(logits - np.log(np.exp(logits).sum(axis, keepdims=True))) for axis in (0, 1)]
+    assert float(loss.asnumpy()) == pytest.approx(-np.mean(log_p), rel=1e-5)
+
+
+def test_normalised_latents_give_the_same_pictures(model):
+    rng = np.random.default_rng(0)
+    vae, scale = model.diffusion.vae, 0.18215
+    pixels = Tensor(rng.uniform(-1, 1, (3, 3, 32, 32)).astype(np.float32))
+    moments = vae.encode(pixels).asnumpy()
+    before = vae(Tensor(moments[:, :4])).asnumpy()
+    trained = {name: parameter.asnumpy() for name, parameter in network_parameters({"vae": vae}).items()}
+    for name, value in normalised(trained, moments, scale).items():
+        dict(vae.parameters_and_names())[name[4:]].set_data(Tensor(value))
+    after = vae.encode(pixels).asnumpy()
+    np.testing.assert_allclose(after[:, :4].mean((0, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(after[:, :4].std((0, 2, 3)) * scale, 1, rtol=1e-4)
+    np.testing.assert_allclose(vae(Tensor(after[:, :4])).asnumpy(), before, atol=1e-4)
+    gain = after[:, :4].std((0, 2, 3)) / moments[:, :4].std((0, 2, 3))  # the deviations grow as the means do
+    np.testing.assert_allclose(np.exp(after[:, 4:] / 2), gain[:, None, None] * np.exp(moments[:, 4:] / 2), rtol=1e-4)
+
+
+def test_a_controlnet_starts_in_silence(model):
+    rng = np.random.default_rng(0)
+    unet = model.diffusion.unet
+    unpatch_cross_attention(unet)
+    controlnet = ControlNet(unet.config)
+    start_at_zero(controlnet, r"^(zero_convs|middle_block_out)\.")
+    batch = [Tensor(rng.standard_normal(shape).astype(np.float32)) for shape in (
+        (2, 4, 4, 4), (2,), (2, 4, 4, 4), (2, 77, MINIATURE.unet.context_dim))]
+    hint = Tensor(rng.uniform(0, 1, (2, 3, 32, 32)).astype(np.float32))
+    with_hint, without = ControlNetLoss(unet, controlnet)(*batch, hint), NoisePredictionLoss(unet)(*batch)
+    assert float(with_hint.asnumpy()) == pytest.approx(float(without.asnumpy()), rel=1e-6)
+
+
+def test_a_saved_model_is_the_model(model, bare, tmp_path):
+    path, = save_model(tmp_path / "model", model, {})
+    before, after = arrays(bare), arrays(path)
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        assert value.dtype == np.float16
+        np.testing.assert_array_equal(value, before[name].astype(np.float16), err_msg=name)
+    changed = {"unet.middle_block.1.transformer_blocks.0.attn2.to_k.weight": np.full((128, 128), 2, np.float32)}
+    path, = save_model(tmp_path / "changed", model, changed)
+    block = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2."
+    assert (arrays(path)[block + "to_k.weight"] == 2).all() and (arrays(path)[block + "to_k_ip.weight"] == 2).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["vae", "decoder", "clip", "unet", "controlnet"])
+def test_every_stage(part, bare, world, tmp_path, outcome):
+    """Two steps, then one more after a resume: its own part has changed, the others have not, and it loads."""
+    main = runpy.run_path(str(ROOT / "tools" / "train_demo.py"))["main"]
+    if part == "clip":  # in the stand-ins of the tests the two encoders do not fit each other
+        bare = tmp_path / "start.ckpt"
+        demo_start(bare, 42)
+    words = ["--part", part, "--data_path", world, "--pretrained_model_path", bare, "--image_size", "32", "--ms_mode",
+             "1", "--train_batch_size", "2", "--output_path", tmp_path, "--cache_dir", tmp_path / "cache",
+             "--warmup_steps", "0", "--ckpt_max_keep", "0"]
+    if part in ("vae", "decoder", "clip"):
+        words = [word for word in words if word not in ("--cache_dir", tmp_path / "cache")]
+    status, said = outcome(main, *words, "--max_steps", "2")
+    assert status == 0, said
+    status, said = outcome(main, *words, "--max_steps", "3", "--resume", "True")
+    assert status == 0 and "going on after step 2 of 3" in said, said
+    before, after = arrays(bare), arrays(tmp_path / "ckpt" / f"{part}-3.ckpt")
+    changed = {name.split(".")[0] for name, value in after.items()
+               if name not in before or np.abs(value - before[name]).max() > 2e-3}
+    assert changed == {{"vae": "first_stage_model", "decoder": "first_stage_model", "unet": "model",
+                        "controlnet": "model", "clip": "embedder"}[part]} | ({"cond_stage_model"} & changed)
+    assert ("cond_stage_model" in changed) == (part == "clip")
+    extra = ExtraParts(controlnets=[None]) if part == "controlnet" else ExtraParts()
+    assert build_sd(tmp_path / "ckpt" / f"{part}-3.ckpt", ModelConfig(), extra=extra, train_adapter=True)
+
+
+def test_a_mistake_is_one_line(bare, tmp_path, outcome):
+    main = runpy.run_path(str(ROOT / "tools" / "train_demo.py"))["main"]
+    status, said = outcome(main, "--part", "unett", "--data_path", tmp_path)
+    assert status == 2 and "--part" in said and "unett" in said
+    status, said = outcome(main, "--part", "vae", "--data_path", tmp_path, "--pretrained_model_path", bare)
+    assert status == 2 and "holds no img_txt.csv" in said

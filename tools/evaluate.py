@@ -1,0 +1,74 @@
+"""CLIP-I and CLIP-T of an IP-Adapter, as in the paper: four pictures from each picture prompt, without text.
+
+python tools/evaluate.py --images COCO2017/val2017 --weights checkpoints/sd_models/merged/sd_v1.5_ip_adapter.ckpt
+"""
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
+
+from ip_adapter.build import ExtraParts, build_sd  # noqa: E402
+from ip_adapter.cli import (  # noqa: E402
+    INFERENCE_SD,
+    Parser,
+    add_config_flags,
+    add_device_flags,
+    config_from,
+    default_weights,
+    execute,
+    existing_file,
+    in_range,
+    multiple_of_8,
+    one_of,
+    start_logging,
+)
+from ip_adapter.clip_score import open_scorer, own_scorer  # noqa: E402
+from ip_adapter.dataset import ImageTextDataset  # noqa: E402
+from ip_adapter.evaluation import Evaluation  # noqa: E402
+from ldm.device import default_dtype, start_device  # noqa: E402
+
+
+def main(argv: list | None = None) -> None:
+    """Parse the flags, make and score the pictures, print the table."""
+    version, config = config_from(argv)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--images", type=Path, required=True, help="folder with picture prompts and img_txt.csv (columns dir,text)")
+    add("--weights", "--ckpt_path", dest="ckpt_path", type=existing_file,
+        help=f"merged checkpoint (default: {' or '.join(config.ckpt_path)})")
+    add("--ip_adapter", type=existing_file, help="adapter to use instead of the checkpoint's")
+    add("--clip", type=existing_file, help="whole CLIP in Hugging Face's layout to score with, such as openai's "
+        "clip-vit-large-patch14 (default: the checkpoint's image encoder, which knows no texts)")
+    add("--clip_activation", type=one_of("quick_gelu", "gelu"), default="quick_gelu",
+        help="its activation: quick_gelu for OpenAI's, gelu for OpenCLIP's")
+    add("--out", "--output_path", type=Path, default=Path("outputs/evaluation"),
+        help="folder for pictures, results.csv, table.txt and sheet.png; a stopped run goes on in it")
+    add("--count", type=in_range(int, 1, 10**9), default=5000, help="the first so many rows")
+    add("--variations", type=in_range(int, 1, 100), default=4, help="pictures of each")
+    add("--prompt", default="", help="text beside the picture")
+    add("--negative_prompt", default="", help="text of the unconditional side")
+    add("--ip_scale", type=in_range(float, 0, 10), default=1.0, help="weight of the picture prompt")
+    add("--scale", "--guidance_scale", type=in_range(float, 0, 100), default=7.5, help="classifier-free guidance")
+    add("--sampling_steps", type=in_range(int, 1, 1000), default=50, help="denoising steps")
+    add("--size", type=multiple_of_8, default=config.sampling.H, help="side of the pictures in pixels")
+    add("--seed", type=in_range(int, 0, 2**63), default=42, help="picture n is made from seed + n")
+    add("--max_broken", type=in_range(int, 0, 10**9), default=100, help="so many unreadable pictures are skipped")
+    add_config_flags(parser, version, INFERENCE_SD)
+    add_device_flags(parser, "0 on Ascend, 1 on the CPU")
+    args = parser.parse_args(argv)
+    start_logging(args.log_level)
+    start_device(args.device_target, args.ms_mode, args.cpu_threads)
+
+    dataset = ImageTextDataset(args.images, args.size, max_broken=args.max_broken, flag="--images")
+    weights = default_weights(args, config)
+    evaluation = Evaluation(args, weights, dataset)
+    model = build_sd(weights, config.model, args.dtype or default_dtype(), ExtraParts(args.ip_adapter))
+    scorer = open_scorer(args.clip, args.clip_activation) if args.clip else own_scorer(model)
+    logging.info("%s", evaluation.run(model, scorer))
+
+
+if __name__ == "__main__":
+    execute(main)

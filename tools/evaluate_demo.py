@@ -1,0 +1,72 @@
+"""What the demo model makes of scenes it never saw, judged by pixels: colours, shapes and places.
+
+python tools/evaluate_demo.py --out runs/demo_evaluation
+"""
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
+
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from ip_adapter.build import ExtraParts, build_sd  # noqa: E402
+from ip_adapter.cli import (  # noqa: E402
+    INFERENCE_SD,
+    Parser,
+    add_device_flags,
+    config_from,
+    default_weights,
+    execute,
+    existing_file,
+    in_range,
+    start_logging,
+)
+from ip_adapter.config import InferenceConfig  # noqa: E402
+from ip_adapter.demo_evaluation import TASKS, DemoJudge  # noqa: E402
+from ldm.device import default_dtype, start_device  # noqa: E402
+
+
+def main(argv: list | None = None) -> None:
+    """Parse the flags, make the pictures of every task, print the table."""
+    _, config = config_from(["--version", "demo"], InferenceConfig, INFERENCE_SD)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for figures.json and a sheet of pictures for each task")
+    add("--ckpt_path", type=existing_file, help="checkpoint (default: the demo model)")
+    add("--ip_adapter", type=existing_file, help="adapter in place of the checkpoint's")
+    add("--controlnet", type=existing_file, help="ControlNet in place of the checkpoint's")
+    add("--task", choices=TASKS, action="append", help="which to judge, may be repeated (default: all)")
+    add("--count", type=in_range(int, 2, 100000), default=200, help="scenes")
+    add("--variations", type=in_range(int, 1, 100), default=4, help="pictures of each")
+    add("--steps", type=in_range(int, 1, 1000), default=20, help="denoising steps")
+    add("--scale", type=in_range(float, 0, 100), default=config.sampling.scale, help="classifier-free guidance")
+    add("--seed", type=in_range(int, 0, 2**63), default=1_000_000, help="of scenes; those trained on have 0")
+    add_device_flags(parser, "0")
+    args = parser.parse_args(argv)
+    start_logging(args.log_level)
+    start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
+    tasks = args.task or list(TASKS)
+    controlled = any(TASKS[task].controlled for task in tasks)
+    weights = default_weights(args, config)
+    model = build_sd(weights, config.model, args.dtype or default_dtype(),
+                     ExtraParts(args.ip_adapter, None, [args.controlnet] if controlled else []))
+    judge = DemoJudge(model, config.sampling.H, args.steps, args.scale, args.seed, args.count, args.variations)
+    figures = {"checkpoint": weights.name, "scenes": args.count, "variations": args.variations, "steps": args.steps,
+               "guidance_scale": args.scale, "seed": args.seed}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        batches = tqdm(judge.batches(TASKS[task]), total=args.count, desc=task, unit="scene", disable=None)
+        figures[task], sheet = judge.judge(TASKS[task], batches)
+        Image.fromarray(sheet).save(args.out / f"{task}.png")
+        logging.info("%-12s %s", task, "  ".join(f"{name} {100 * value:.1f}" if name != "iou" else f"IoU {value:.3f}"
+                                                for name, value in figures[task].items()))
+    (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    execute(main)

@@ -1,0 +1,55 @@
+"""Train one part of the demo model on drawings: autoencoder, text and image encoder, UNet, ControlNet.
+
+python tools/train_demo.py --part vae --data_path datasets/drawn_world
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
+
+from ip_adapter.build import ExtraParts, build_sd  # noqa: E402
+from ip_adapter.cli import (  # noqa: E402
+    TRAINING_DEMO,
+    config_from,
+    execute,
+    existing_file,
+    first_existing,
+    start_training,
+    training_parser,
+)
+from ip_adapter.config import TrainingConfig  # noqa: E402
+from ip_adapter.dataset import ImageTextDataset, Loader, Stream  # noqa: E402
+from ip_adapter.demo_training import STAGES, demo_start  # noqa: E402
+from ip_adapter.training import AdamW, TrainStep  # noqa: E402
+from ip_adapter.training_run import TrainingRun, optimizer_config  # noqa: E402
+
+
+def main(argv: list | None = None) -> None:
+    """Parse the flags, train the part, save the whole model."""
+    part, config = config_from(argv, TrainingConfig, TRAINING_DEMO, "--part")
+    parser = training_parser(__doc__, part, config, TRAINING_DEMO, "--part")
+    parser.add_argument("--vae", type=existing_file, help="checkpoint with the autoencoder, if it is another one")
+    args = parser.parse_args(argv)
+    group = start_training(args)
+
+    dataset = ImageTextDataset(args.data_path, args.image_size, args.random_crop, args.max_broken)
+    stream = Stream(len(dataset), args.train_batch_size, args.seed, group.size, group.rank)
+    if args.pretrained_model_path:
+        weights = first_existing([args.pretrained_model_path], "--pretrained_model_path")
+    else:
+        weights = Path(args.output_path) / "start.ckpt"
+        demo_start(weights, args.seed)
+    model = build_sd(weights, config.model, args.dtype, ExtraParts(vae=args.vae), train_adapter=True)
+    stage = STAGES[part](model, dataset, args)
+    optimizer = AdamW(stage.parameters, optimizer_config(args))
+    run = TrainingRun(args, optimizer, len(dataset), stage.publish, part, group)
+    step = TrainStep(stage.loss, optimizer, args.gradient_accumulation_steps, group.size)
+    first = run.step * args.gradient_accumulation_steps
+    with Loader(stream, stage.make, first, args.num_workers, collate=stage.collate) as loader:
+        run.train(step, loader, stage.inputs)
+
+
+if __name__ == "__main__":
+    execute(main)
