@@ -99,12 +99,12 @@ class ControlNetLoss(nn.Cell):
     """Mean squared error of the noise a UNet predicts with a ControlNet's residuals; arXiv 2302.05543, eq. 5."""
 
     def __init__(self, unet: UNetModel, controlnet: ControlNet):
-        super().__init__(auto_prefix=False)
-        self.unet, self.controlnet, self.hint_block = unet, controlnet, controlnet.input_hint_block
+        super().__init__()  # with prefixes: the ControlNet has the names of the UNet
+        self.unet, self.controlnet = unet, controlnet
 
     def construct(self, x: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, hint: Tensor) -> Tensor:
         """As `NoisePredictionLoss`, with hints (B, 3, H, W) in [0, 1] in place of embeddings."""
-        residuals = self.controlnet(x, timesteps, text, self.hint_block(hint), Tensor(1.0, ms.float32))
+        residuals = self.controlnet(x, timesteps, text, self.controlnet.input_hint_block(hint), Tensor(1.0, ms.float32))
         return ops.square(self.unet(x, timesteps, text, None, residuals) - noise).mean()
 
 
