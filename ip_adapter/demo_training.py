@@ -27,6 +27,7 @@ from ip_adapter.patch import unpatch_cross_attention
 from ip_adapter.preprocess import canny, hint_pixels
 from ip_adapter.standins import write_sd_standins
 from ip_adapter.training import NoisePredictionLoss
+from ldm.checkpoint_file import open_checkpoint, save_arrays
 from ldm.errors import UserError
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
@@ -45,9 +46,17 @@ EDGES = 100, 200  # Canny's thresholds of the hints the ControlNet learns from
 
 
 def demo_start(path: Path, seed: int) -> None:
-    """Write the merged checkpoint that training begins with: seeded weights, no adapter."""
+    """Write the merged checkpoint that training begins with: seeded weights, no adapter.
+
+    The last layer of every residual branch of the UNet is zero, so that at first it passes its input on.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        merge_sd(**{**write_sd_standins(Path(folder), DEMO, seed), "controlnet": None}, out=path, skip_ip=True)
+        seeded = Path(folder) / "seeded.ckpt"
+        merge_sd(**{**write_sd_standins(Path(folder), DEMO, seed), "controlnet": None}, out=seeded, skip_ip=True)
+        with open_checkpoint(seeded) as file:
+            arrays = {name: file.read(name) for name in file.tensors}
+    last = r"^model\.diffusion_model\.(out\.2\.|.*\.(out_layers_conv|proj_out)\.)"
+    save_arrays(path, {name: 0 * value if re.search(last, name) else value for name, value in arrays.items()})
 
 
 class AutoencoderLoss(nn.Cell):
@@ -188,8 +197,6 @@ def encoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> S
 def unet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
     """The UNet under text alone."""
     unet, cache = model.diffusion.unet, _features(model, dataset, args)
-    if not args.resume:
-        start_at_zero(unet, r"^out\.2\.|\.out_layers\.3\.|\.proj_out\.")
     noisy = _noisy(model, cache.encoders, args)
     return Stage(NoisePredictionLoss(unet), network_parameters({"unet": unet}), cache.sample, cache.collate,
                  lambda batch: noisy(batch)[:4], lambda path, trained: save_model(path, model, trained))

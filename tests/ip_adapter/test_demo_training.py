@@ -110,6 +110,20 @@ def test_normalised_latents_give_the_same_pictures(model):
     np.testing.assert_allclose(np.exp(after[:, 4:] / 2), gain[:, None, None] * np.exp(moments[:, 4:] / 2), rtol=1e-4)
 
 
+def test_the_first_unet_passes_its_input_on(tmp_path):
+    """Its prediction is zero; the rest is seeded, so two seeds differ."""
+    for seed in (0, 1):
+        demo_start(tmp_path / f"{seed}.ckpt", seed)
+    unet = build_sd(tmp_path / "0.ckpt", ModelConfig(num_heads=2, image_heads=4), train_adapter=True).diffusion.unet
+    unpatch_cross_attention(unet)
+    rng = np.random.default_rng(0)
+    x, context = (Tensor(rng.standard_normal(s).astype(np.float32)) for s in ((1, 4, 6, 6), (1, 77, 64)))
+    assert not unet(x, Tensor([500.0]), context).asnumpy().any()
+    first, other = arrays(tmp_path / "0.ckpt"), arrays(tmp_path / "1.ckpt")
+    name = "first_stage_model.decoder.conv_in.weight"
+    assert not np.array_equal(first[name], other[name])
+
+
 def test_a_controlnet_starts_in_silence(model):
     rng = np.random.default_rng(0)
     unet = model.diffusion.unet
