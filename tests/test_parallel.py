@@ -91,7 +91,7 @@ def test_the_job_ends_at_once(words, tmp_path, who):
     job = start(*MPIRUN, "train_sd.py", *words, "--max_steps", "1000", "--output_path", tmp_path, "--is_parallel",
                 "True", "--train_batch_size", "2", "--ckpt_save_interval", "2")
     deadline = time.time() + 120
-    while time.time() < deadline and not (tmp_path / "ckpt" / "sd-2.safetensors").exists():
+    while time.time() < deadline and not (tmp_path / "ckpt" / "train_resume.ckpt").exists():
         time.sleep(0.2)
     ranks = [pid for pid in running(f"{sys.executable} train_sd.py.*{tmp_path}") if pid != job.pid]
     if who == "Ctrl-C":
@@ -100,8 +100,9 @@ def test_the_job_ends_at_once(words, tmp_path, who):
         os.kill(ranks[int(who[-1])], signal.SIGKILL)
     begun = time.time()
     status, _ = finish(job, 60)
-    assert len(ranks) == 2 and status != 0 and time.time() - begun < 30
-    assert not running(f"train_sd.py.*{tmp_path}") and not running("communication.init")
+    while running(f"train_sd.py.*{tmp_path}") + running("communication.init") and time.time() - begun < 30:
+        time.sleep(0.2)  # the kernel may still be taking them down
+    assert len(ranks) == 2 and status != 0 and time.time() - begun < 30, (ranks, status, time.time() - begun)
     assert int(parameters(tmp_path)["run.step"]) >= 2
 
 
