@@ -34,8 +34,9 @@ def main(argv: list | None = None) -> None:
     validation = Validation(args, model) if args.validation_interval and group.rank == 0 else None
     run = TrainingRun(args, optimizer, len(dataset), lambda path, trained: save_adapter(path, trained, model),
                       group=group, validate=validation)
-    step = TrainStep(NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj), optimizer,
-                     args.gradient_accumulation_steps, group.size)
+    loss = NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj,
+                               model.diffusion.schedule.loss_weights(args.p2_k))
+    step = TrainStep(loss, optimizer, args.gradient_accumulation_steps, group.size)
     encoders = FrozenEncoders(model)
     first, make, collate = run.step * args.gradient_accumulation_steps, samples_of(dataset, args.seed), stack
     if args.cache_dir:

@@ -115,6 +115,8 @@ class TrainingConfig:
     beta1: float = _setting(0.9, "AdamW: decay of the mean of gradients")
     beta2: float = _setting(0.999, "AdamW: decay of the mean of squared gradients")
     weight_decay: float = _setting(0.01, "AdamW: weight decay")
+    p2_k: float = _setting(0.0, "weigh each sample's error by 1 / (k + signal-to-noise ratio), as P2 weighting does; "
+                                "0 weighs all the same")
     max_grad_norm: float = _setting(0.0, "clip gradients to this norm; 0 for never")
     ema_decay: float = _setting(0.0, "save an average of the weights with this decay, such as 0.999; 0 for none")
     init_loss_scale: float = _setting(65536.0, "float16: what the loss is multiplied by at first")

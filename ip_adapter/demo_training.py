@@ -26,7 +26,7 @@ from ip_adapter.parts import SDSizes
 from ip_adapter.patch import unpatch_cross_attention
 from ip_adapter.preprocess import canny, hint_pixels
 from ip_adapter.standins import write_sd_standins
-from ip_adapter.training import NoisePredictionLoss
+from ip_adapter.training import NoiseError, NoisePredictionLoss
 from ldm.checkpoint_file import open_checkpoint, save_arrays
 from ldm.errors import UserError
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -107,14 +107,14 @@ class ContrastiveLoss(nn.Cell):
 class ControlNetLoss(nn.Cell):
     """Mean squared error of the noise a UNet predicts with a ControlNet's residuals; arXiv 2302.05543, eq. 5."""
 
-    def __init__(self, unet: UNetModel, controlnet: ControlNet):
+    def __init__(self, unet: UNetModel, controlnet: ControlNet, weights: np.ndarray | None = None):
         super().__init__()  # with prefixes: the ControlNet has the names of the UNet
-        self.unet, self.controlnet = unet, controlnet
+        self.unet, self.controlnet, self.error = unet, controlnet, NoiseError(weights)
 
     def construct(self, x: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, hint: Tensor) -> Tensor:
         """As `NoisePredictionLoss`, with hints (B, 3, H, W) in [0, 1] in place of embeddings."""
         residuals = self.controlnet(x, timesteps, text, self.controlnet.input_hint_block(hint), Tensor(1.0, ms.float32))
-        return ops.square(self.unet(x, timesteps, text, None, residuals) - noise).mean()
+        return self.error(self.unet(x, timesteps, text, None, residuals), noise, timesteps)
 
 
 class Stage(NamedTuple):
@@ -198,7 +198,8 @@ def unet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stag
     """The UNet under text alone."""
     unet, cache = model.diffusion.unet, _features(model, dataset, args)
     noisy = _noisy(model, cache.encoders, args)
-    return Stage(NoisePredictionLoss(unet), network_parameters({"unet": unet}), cache.sample, cache.collate,
+    loss = NoisePredictionLoss(unet, weights=model.diffusion.schedule.loss_weights(args.p2_k))
+    return Stage(loss, network_parameters({"unet": unet}), cache.sample, cache.collate,
                  lambda batch: noisy(batch)[:4], lambda path, trained: save_model(path, model, trained))
 
 
@@ -222,7 +223,8 @@ def controlnet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -
         records, hints = zip(*samples)
         return _Arrays(step, (cache.collate(step, positions, records), np.stack(hints)))
 
-    return Stage(ControlNetLoss(diffusion.unet, controlnet), network_parameters({"controlnet": controlnet}), make,
+    loss = ControlNetLoss(diffusion.unet, controlnet, diffusion.schedule.loss_weights(args.p2_k))
+    return Stage(loss, network_parameters({"controlnet": controlnet}), make,
                  collate, lambda batch: (*noisy(batch.arrays[0])[:4], Tensor(batch.arrays[1])),
                  lambda path, trained: save_model(path, model, trained))
 

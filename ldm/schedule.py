@@ -31,6 +31,24 @@ class NoiseSchedule:
         betas = np.linspace(self.beta_start ** 0.5, self.beta_end ** 0.5, TRAIN_STEPS) ** 2
         return np.cumprod(1.0 - betas)
 
+    def loss_weights(self, k: float) -> np.ndarray | None:
+        """(1000,) float32 with mean 1, or None for k = 0: weights of the noise's error that lean to noisy timesteps.
+
+        The error of the noise is large where little is left to decide, and small where colours and outlines are; the
+        weight 1 / (k + signal-to-noise ratio) evens that out.
+
+        Args:
+            k: the smaller (above 0), the more weight on the noisiest timesteps.
+
+        Source:
+            Perception Prioritized Training (arXiv 2204.00227), eq. 8 with gamma 1.
+        """
+        if not k:
+            return None
+        alpha = self.alphas_cumprod()
+        weights = 1.0 / (k + alpha / (1.0 - alpha))
+        return (weights / weights.mean()).astype(np.float32)
+
     def add_noise(self, latents, noise, timestep):
         """Clean latents as they are at a timestep.
 
