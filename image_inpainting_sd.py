@@ -41,7 +41,7 @@ def main(argv: list | None = None) -> None:
 
     def sample(denoise, noise):
         x = noise if args.strength == 1 else schedule.add_noise(clean, noise, timesteps[0])
-        keep = KeptRegion(clean, noise, latent_mask(inputs.mask), schedule)
+        keep = KeptRegion(clean, noise, latent_mask(inputs.mask), schedule.add_noise)
         return sample_ddim(denoise, x, timesteps, schedule, keep)
 
     def finish(pictures: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ class DemoJudge:
                 continue
             mask, clean = self._half(scene), model.diffusion.encode_image(latent_pixels(picture))
             made = make(keep=lambda noise, clean=clean, mask=mask: KeptRegion(
-                clean, noise, latent_mask(mask), model.diffusion.schedule))
+                clean, noise, latent_mask(mask), model.diffusion.schedule.add_noise))
             yield paste(made, picture, mask)
 
     def _controls(self, task: Task, scene: Scene) -> list:

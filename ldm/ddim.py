@@ -51,17 +51,17 @@ class KeptRegion:
         clean: (1, C, H, W) float32 latents of the original.
         noise: (B, C, H, W) float32, that the sampling started from.
         mask: (1, 1, H, W) float32 array, 1 where it is repainted, 0 where it is kept.
-        schedule: the noise schedule.
+        add_noise: (clean, noise, level) -> clean as noisy as the level has it, `NoiseSchedule.add_noise` for DDIM.
 
     Source:
         huggingface/diffusers: src/diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion_inpaint.py, for
         UNets with 4 input channels.
     """
 
-    def __init__(self, clean: Tensor, noise: Tensor, mask: np.ndarray, schedule: NoiseSchedule = NoiseSchedule()):
-        self.clean, self.noise, self.mask, self.schedule = clean, noise, Tensor(mask), schedule
+    def __init__(self, clean: Tensor, noise: Tensor, mask: np.ndarray, add_noise: Callable = NoiseSchedule().add_noise):
+        self.clean, self.noise, self.mask, self.add_noise = clean, noise, Tensor(mask), add_noise
 
-    def __call__(self, x: Tensor, timestep: int | None) -> Tensor:
-        """x after a step, with the kept part as noisy as the next timestep has it; clean if there is none."""
-        kept = self.clean if timestep is None else self.schedule.add_noise(self.clean, self.noise, timestep)
+    def __call__(self, x: Tensor, level) -> Tensor:
+        """x after a step, with the kept part as noisy as its timestep (or sigma) has it; clean if that is None."""
+        kept = self.clean if level is None else self.add_noise(self.clean, self.noise, level)
         return self.mask * x + (1.0 - self.mask) * kept

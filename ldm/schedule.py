@@ -31,6 +31,11 @@ class NoiseSchedule:
         betas = np.linspace(self.beta_start ** 0.5, self.beta_end ** 0.5, TRAIN_STEPS) ** 2
         return np.cumprod(1.0 - betas)
 
+    def sigmas(self) -> np.ndarray:
+        """(1000,) float64, rising: the noise's deviation where the picture keeps its own scale."""
+        alpha = self.alphas_cumprod()
+        return np.sqrt((1.0 - alpha) / alpha)
+
     def loss_weights(self, k: float) -> np.ndarray | None:
         """(1000,) float32 with mean 1, or None for k = 0: weights of the noise's error that lean to noisy timesteps.
 
@@ -84,6 +89,17 @@ def leading_timesteps(steps: int, strength: float = 1.0) -> np.ndarray:
         huggingface/diffusers: src/diffusers/schedulers/scheduling_ddim.py, "leading" spacing with steps_offset 1;
         src/diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion_img2img.py, get_timesteps.
     """
+    kept = kept_steps(steps, strength)
+    timesteps = np.minimum(np.arange(steps) * (TRAIN_STEPS // steps) + 1, TRAIN_STEPS - 1)[::-1]
+    return timesteps[steps - kept :].copy()
+
+
+def kept_steps(steps: int, strength: float) -> int:
+    """How many of the steps are run: int(S * strength).
+
+    Raises:
+        UserError: out of range, or nothing is left.
+    """
     if not 1 <= steps <= TRAIN_STEPS:
         raise UserError(f"`steps` is {steps}, expected 1 to {TRAIN_STEPS}")
     if not 0 <= strength <= 1:
@@ -92,5 +108,4 @@ def leading_timesteps(steps: int, strength: float = 1.0) -> np.ndarray:
     if kept == 0:
         raise UserError(f"--strength {strength} leaves none of the {steps} steps; expected at least {1 / steps:.3g}, "
                         "or more --sampling_steps")
-    timesteps = np.minimum(np.arange(steps) * (TRAIN_STEPS // steps) + 1, TRAIN_STEPS - 1)[::-1]
-    return timesteps[steps - kept :].copy()
+    return kept

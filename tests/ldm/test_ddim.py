@@ -97,7 +97,7 @@ def test_the_kept_region_is_as_noisy_as_the_step_and_clean_at_the_end():
     mask[:, :, 1:, 2:] = 1
     kept = np.broadcast_to(mask == 0, noise.shape)
     clean, noise, mask = (Tensor(array.astype(np.float32)) for array in (clean, noise, mask))
-    keep = KeptRegion(clean, noise, mask.asnumpy(), schedule)
+    keep = KeptRegion(clean, noise, mask.asnumpy(), schedule.add_noise)
     x = schedule.add_noise(clean, noise, timesteps[0])
     states = [state.asnumpy() for state in sample_ddim(lambda x, t: x * 0.5, x, timesteps, schedule, keep)]
     free = [state.asnumpy() for state in sample_ddim(lambda x, t: x * 0.5, x, timesteps, schedule)]
