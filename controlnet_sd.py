@@ -19,9 +19,9 @@ def main(argv: list | None = None) -> None:
     start(args)
 
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps)
-    run, model = open_run(args, config)
+    run, model = open_run(args, config, inputs)
     schedule = model.diffusion.schedule
-    run.make(model, inputs, timesteps, lambda denoise, noise: sample_ddim(denoise, noise, timesteps, schedule))
+    run.make(model, inputs, timesteps, lambda denoise, batch: sample_ddim(denoise, batch.noise, timesteps, schedule))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from ip_adapter.cli import add_picture, config_from, execute, in_range, inference_parser, start
 from ip_adapter.inputs import open_inputs
-from ip_adapter.preprocess import latent_pixels
+from ip_adapter.reference import Reference
 from ip_adapter.run import open_run
 from ldm.ddim import sample_ddim
 from ldm.schedule import leading_timesteps
@@ -23,12 +23,12 @@ def main(argv: list | None = None) -> None:
     start(args)
 
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps, args.strength)
-    run, model = open_run(args, config)
-    schedule, clean = model.diffusion.schedule, model.diffusion.encode_image(latent_pixels(inputs.reference))
+    run, model = open_run(args, config, inputs)
+    schedule = model.diffusion.schedule
+    reference = Reference(model, inputs, args, schedule.add_noise)
 
-    def sample(denoise, noise):
-        x = schedule.add_noise(clean, noise, timesteps[0])
-        return sample_ddim(denoise, x, timesteps, schedule)
+    def sample(denoise, batch):
+        return sample_ddim(denoise, reference.start(batch.noise, timesteps[0], batch.noise), timesteps, schedule)
 
     run.make(model, inputs, timesteps, sample)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ip_adapter.adapter_file import adapter_parameters, save_adapter
-from ip_adapter.build import build_sd
+from ip_adapter.build import build_model
 from ip_adapter.cli import TRAINING_SD, config_from, execute, first_existing, start_training, training_parser
 from ip_adapter.config import TrainingConfig
 from ip_adapter.dataset import Batch, ImageTextDataset, Loader, Stream, draws, samples_of, stack
@@ -29,7 +29,7 @@ def main(argv: list | None = None) -> None:
     stream = Stream(len(dataset), args.train_batch_size, args.seed, group.size, group.rank)
     weights = first_existing([args.pretrained_model_path], "--pretrained_model_path",
                              "make it with tools/merge_ckpts_sd.py")
-    model = build_sd(Path(weights), config.model, args.dtype, train_adapter=True)
+    model = build_model(Path(weights), config.model, args.dtype, train_adapter=True)
     optimizer = AdamW(adapter_parameters(model), optimizer_config(args))
     validation = Validation(args, model) if args.validation_interval and group.rank == 0 else None
     run = TrainingRun(args, optimizer, len(dataset), lambda path, trained: save_adapter(path, trained, model),

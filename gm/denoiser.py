@@ -38,3 +38,13 @@ def timesteps_of(sigma, schedule: NoiseSchedule = NoiseSchedule()) -> np.ndarray
     """
     logs = np.log(schedule.sigmas())
     return np.interp(np.log(sigma), logs, np.arange(len(logs)))
+
+
+def add_noise(latents, noise, sigma: float):
+    """Clean latents as they are at a noise level; both (B, C, H, W), the noise of unit variance."""
+    return latents + noise * float(sigma)
+
+
+def starting_noise(noise, sigma: float):
+    """Noise of unit variance as what sampling starts from at a level: as if it were pictures plus their noise."""
+    return noise * float((sigma**2 + 1) ** 0.5)

@@ -29,7 +29,7 @@ def save_adapter(path: Path, trained: dict, model: ImagePromptModel) -> list:
     Returns:
         The two paths.
     """
-    layouts, paths = adapter_layouts(model.diffusion.unet), []
+    layouts, paths = adapter_layouts(model.diffusion.unet, model.family), []
     for suffix, (attention, proj) in ((".ckpt", layouts["finetuned"]), (".safetensors", layouts["published"])):
         arrays = {}
         for name, value in trained.items():

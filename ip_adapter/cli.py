@@ -10,8 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Callable
 
+from gm.discretizer import DISCRETIZATIONS
+from gm.guider import GUIDERS
+from gm.sampler import SAMPLERS
 from ip_adapter.build import ExtraParts
 from ip_adapter.config import ROOT, InferenceConfig, TrainingConfig, load_config
+from ip_adapter.families import FAMILIES
 from ip_adapter.inputs import MAX_SIZE
 from ldm.device import default_dtype, start_device
 from ldm.errors import UserError
@@ -19,6 +23,7 @@ from ldm.parallel import Group, join, leave
 
 # Configuration files by --version.
 INFERENCE_SD = {"1.5": "inference/sd_v15.yaml", "demo": "inference/sd_demo.yaml"}
+INFERENCE_SDXL = {"xl": "inference/sd_xl_base.yaml"}
 TRAINING_SD = {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "training/sd_demo_finetune.yaml"}
 TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in ("vae", "decoder", "clip", "unet", "controlnet")}
 
@@ -131,7 +136,7 @@ def add_config_flags(parser: Parser, version: str, versions: dict, flag: str = "
     """The flags that say where the defaults of all others come from."""
     parser.add_argument("--config", "--train_config", help="YAML file with the defaults of all this (default: by "
                                                            "--version)")
-    what = {"--version": "which model: Stable Diffusion 1.5, or the demo model that needs no download",
+    what = {"--version": "which model: the published one, or the demo model that needs no download",
             "--part": "what of the demo model is trained"}[flag]
     parser.add_argument(flag, dest="version", choices=list(versions), default=version, help=what)
 
@@ -155,7 +160,8 @@ def add_picture(parser: argparse.ArgumentParser, flag: str, default: str, text: 
                         default=ROOT / default if default else None)
 
 
-def inference_parser(description: str, version: str, config: InferenceConfig, controlled: bool = False) -> Parser:
+def inference_parser(description: str, version: str, config: InferenceConfig, controlled: bool = False,
+                     versions: dict = INFERENCE_SD) -> Parser:
     """The flags all inference scripts share, with their defaults from `config`; scripts add their own.
 
     Args:
@@ -163,6 +169,7 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
         version: the name of the model.
         config: the defaults.
         controlled: whether a ControlNet is what the script is for, not an addition.
+        versions: as `config_from`.
     """
     s, parser = config.sampling, Parser(description)
     parser.set_defaults(default_samples=s.n_samples, default_size=(s.W, s.H), default_control_scale=s.control_scale)
@@ -187,11 +194,11 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
     add("--n_iter", "--num_trials", type=in_range(int, 1, 100000), default=s.n_iter, help="trials for each prompt")
     add("--latents", type=existing_file, help=".npy with the starting noise (n, 4, H/8, W/8) float32 of unit "
                                               "variance, instead of the seeded one")
-    add_config_flags(parser, version, INFERENCE_SD)
+    add_config_flags(parser, version, versions)
     add("--ckpt_path", "--weight", type=existing_file,
         help=f"merged checkpoint (default: {' or '.join(config.ckpt_path)})")
     add("--ip_adapter", "--ip_adpater", type=existing_file,
-        help="adapter to use instead of the checkpoint's: published, or finetuned (sd-N.ckpt)")
+        help="adapter to use instead of the checkpoint's: published, or finetuned by the training script")
     add("--vae", type=existing_file, help="autoencoder to use instead of the checkpoint's")
     add_device_flags(parser, "0 on Ascend, 1 on the CPU, where compiling takes longer than it saves")
     add("--output_path", "--save_path", type=Path, default=Path(config.output_path), help="output folder")
@@ -199,6 +206,34 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
     add("--skip_grid", action="store_true", help="do not write the grid")
     add_control_flags(parser, config, controlled)
     return parser
+
+
+def add_edm_flags(parser: Parser, config: InferenceConfig) -> None:
+    """The flags of SDXL's samplers, and of the sizes it is told."""
+    add, s = parser.add_argument, config.sampling
+    add("--sampler", type=one_of(*SAMPLERS), default=s.sampler, help=f"one of {', '.join(SAMPLERS)}")
+    add("--discretization", type=one_of(*DISCRETIZATIONS), default=s.discretization,
+        help=f"the noise levels, one of {', '.join(DISCRETIZATIONS)}")
+    add("--guider", type=one_of(*GUIDERS), default=s.guider,
+        help="VanillaCFG, or IdentityGuider for no guidance at all")
+    for side in ("height", "width"):
+        for what in ("orig", "target"):
+            add(f"--{what}_{side}", type=in_range(int, 1, 65536),
+                help=f"the {'original' if what == 'orig' else what} {side} SDXL is told (default: that of the output)")
+    for side in ("top", "left"):
+        add(f"--crop_coords_{side}", type=in_range(int, 0, 65536), default=0,
+            help=f"pixels cropped away at the {side} that SDXL is told of")
+
+
+def add_mask_flags(parser: Parser) -> None:
+    """The flags of a mask of what is repainted."""
+    parser.add_argument("--invert_mask", type=boolean, nargs="?", const=True, default=False,
+                        help="repaint what is black, keep what is white")
+    parser.add_argument("--paste_original", type=boolean, nargs="?", const=True, default=True,
+                        help="put the kept pixels back from the reference; False leaves them as the autoencoder "
+                             "gives them back")
+    parser.add_argument("--mask_blur", type=in_range(float, 0, 256), default=0.0,
+                        help="width in pixels of a soft edge within the repainted part; needs --paste_original")
 
 
 def add_control_flags(parser: Parser, config: InferenceConfig, required: bool) -> None:
@@ -277,7 +312,8 @@ def default_weights(args: argparse.Namespace, config: InferenceConfig) -> Path:
     """
     if args.ckpt_path:
         return args.ckpt_path
-    return first_existing(config.ckpt_path, "--ckpt_path", "make it with tools/merge_ckpts_sd.py or try --version demo")
+    return first_existing(config.ckpt_path, "--ckpt_path",
+                          f"make it with {FAMILIES[config.model.family].tool} or try --version demo")
 
 
 def first_existing(paths, flag: str, advice: str = "name another") -> Path:
@@ -303,6 +339,8 @@ def start(args: argparse.Namespace) -> None:
     start_device(args.device_target, args.ms_mode, args.cpu_threads)
     args.dtype = args.dtype or default_dtype()
     args.control_image = args.control_image or args.default_hints  # argparse would append to a default
+    if getattr(args, "mask_blur", 0) and not args.paste_original:
+        raise UserError("--mask_blur softens the edge of the kept pixels, so it needs --paste_original True")
 
 
 def start_training(args: argparse.Namespace) -> Group:

@@ -64,7 +64,7 @@ def own_scorer(model: ImagePromptModel) -> ClipScorer:
     Of SD-1.5 itself only pictures can be compared, for its text encoder belongs to another CLIP than its image encoder;
     those of the demo model were trained together.
     """
-    image, text = model.embedder.image_encoder, model.diffusion.text_encoder
+    image, text = model.embedder.image_encoder, model.diffusion.text_encoders[0]
     together = text.config.width == image.config.embed_dim
     return ClipScorer(image, *((text, model.diffusion.tokenizer) if together else (None, None)))
 

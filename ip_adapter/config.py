@@ -21,18 +21,18 @@ class ModelConfig:
     """What the tensors of a checkpoint do not tell.
 
     Attributes:
+        family: of the model, one of `ip_adapter.families.FAMILIES`.
         num_heads: heads of every UNet attention, or -1.
         num_head_channels: channels of one head, or -1 if `num_heads` counts.
-        text_activation: activation of the CLIP text encoder.
         image_heads: heads of the image encoder.
         scale_factor: what the autoencoder's latents are multiplied by.
         beta_start: beta of timestep 0.
         beta_end: beta of timestep 999.
     """
 
+    family: str = "SD-1.5"
     num_heads: int = 8
     num_head_channels: int = -1
-    text_activation: str = "quick_gelu"
     image_heads: int = 16
     scale_factor: float = 0.18215
     beta_start: float = 0.00085
@@ -54,6 +54,9 @@ class SamplingConfig:
     n_samples: int = 4
     n_iter: int = 1
     seed: int = 42
+    sampler: str = "EulerEDMSampler"
+    discretization: str = "DiffusersDDPMDiscretization"
+    guider: str = "VanillaCFG"
 
 
 @dataclass

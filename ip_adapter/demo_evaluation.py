@@ -106,7 +106,7 @@ class DemoJudge:
         if not task.controlled:
             return []
         hint = self.model.diffusion.controlnets[0].embed_hint(Tensor(hint_pixels(outline(scene, self.size))))
-        return [Control(hint, 1.0, {int(t) for t in self.timesteps})]
+        return [Control(hint, 1.0, {float(t) for t in self.timesteps})]
 
     def _half(self, scene: Scene) -> np.ndarray:
         """(H, W) bool: the left or right half, where the shape's centre is."""

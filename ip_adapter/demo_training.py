@@ -17,15 +17,16 @@ from mindspore import Parameter, Tensor, nn, ops
 from ip_adapter.build import ImagePromptModel
 from ip_adapter.config import TrainingConfig
 from ip_adapter.dataset import Batch, ImageTextDataset, draws, square
+from ip_adapter.families import SD15
 from ip_adapter.feature_cache import FeatureBatch, FeatureCache
 from ip_adapter.features import FrozenEncoders, training_inputs
 from ip_adapter.image_prompt import ImageProjConfig
-from ip_adapter.merge import merge_sd
+from ip_adapter.merge import merge
 from ip_adapter.model_file import network_parameters, save_model
-from ip_adapter.parts import SDSizes
+from ip_adapter.parts import ModelSizes
 from ip_adapter.patch import unpatch_cross_attention
 from ip_adapter.preprocess import canny, hint_pixels
-from ip_adapter.standins import write_sd_standins
+from ip_adapter.standins import write_standins
 from ip_adapter.training import NoiseError, NoisePredictionLoss
 from ldm.checkpoint_file import open_checkpoint, save_arrays
 from ldm.errors import UserError
@@ -34,10 +35,10 @@ from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConf
 from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
 
-DEMO = SDSizes(
+DEMO = ModelSizes(
     UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 3), context_dim=64),
     AutoencoderConfig(channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=1),
-    CLIPTextConfig(width=64, layers=3, heads=1, mlp_width=256),
+    (CLIPTextConfig(width=64, layers=3, heads=1, mlp_width=256),),
     CLIPImageConfig(width=128, layers=3, mlp_width=512, patch_size=32, embed_dim=64),
     ImageProjConfig(embed_dim=64, context_dim=64),
 )
@@ -52,7 +53,7 @@ def demo_start(path: Path, seed: int) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         seeded = Path(folder) / "seeded.ckpt"
-        merge_sd(**{**write_sd_standins(Path(folder), DEMO, seed), "controlnet": None}, out=seeded, skip_ip=True)
+        merge(SD15, **{**write_standins(Path(folder), DEMO, seed), "controlnet": None}, out=seeded, skip_ip=True)
         with open_checkpoint(seeded) as file:
             arrays = {name: file.read(name) for name in file.tensors}
     last = r"^model\.diffusion_model\.(out\.2\.|.*\.(out_layers_conv|proj_out)\.)"
@@ -179,7 +180,7 @@ def normalised(trained: dict, moments: np.ndarray, scale_factor: float) -> dict:
 
 def encoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
     """Text and image encoder together."""
-    text, image = model.diffusion.text_encoder, model.embedder.image_encoder
+    text, image = model.diffusion.text_encoders[0], model.embedder.image_encoder
     if text.config.width != image.config.embed_dim:
         raise UserError(f"--pretrained_model_path {args.pretrained_model_path}: its text states are "
                         f"{text.config.width} wide, its image embedding {image.config.embed_dim}; only a model with "

@@ -36,14 +36,15 @@ class FrozenEncoders:
         """Shapes of the features of one picture of `size` pixels, in the order of `Features`."""
         diffusion, image = self.model.diffusion, self.model.embedder.image_encoder.config
         latent = (diffusion.vae.config.latent_channels, size // 8, size // 8)
-        text = diffusion.text_encoder.config
+        text = diffusion.text_encoders[0].config
         return latent, latent, (text.context_length, text.width), (image.embed_dim,)
 
     def fingerprint(self) -> str:
         """sha256 of all weights that features depend on; the UNet and the decoder are not among them."""
         vae = self.model.diffusion.vae
         digest = hashlib.sha256()
-        for cell in (vae.encoder, vae.quant_conv, self.model.diffusion.text_encoder, self.model.embedder.image_encoder):
+        text, image = self.model.diffusion.text_encoders[0], self.model.embedder.image_encoder
+        for cell in (vae.encoder, vae.quant_conv, text, image):
             for path, parameter in cell.parameters_and_names():
                 digest.update(path.encode())
                 digest.update(parameter.asnumpy())
@@ -55,7 +56,7 @@ class FrozenEncoders:
 
     def release(self, keep_vae: bool = False) -> None:
         """Give the memory of the encoders back; nothing but `empty_text` can be asked for after this."""
-        self.model.diffusion.text_encoder = self.model.embedder.image_encoder = None
+        self.model.diffusion.text_encoders, self.model.embedder.image_encoder = [], None
         if not keep_vae:  # validation pictures have to be decoded
             self.model.diffusion.vae = None
         gc.collect()

@@ -8,11 +8,11 @@ from mindspore import Tensor, ops
 
 from ip_adapter.build import ImagePromptModel
 from ldm.ddim import sample_ddim
-from ldm.model import Control
+from ldm.model import Condition, Control
 
 
 def contexts(model: ImagePromptModel, texts: Tensor, empty_text: Tensor, embedding: Tensor) -> tuple:
-    """Tokens of both sides of the guidance.
+    """Conditions of both sides of the guidance.
 
     Args:
         model: whose projector makes image tokens.
@@ -21,11 +21,12 @@ def contexts(model: ImagePromptModel, texts: Tensor, empty_text: Tensor, embeddi
         embedding: (B, E) image embeddings.
 
     Returns:
-        cond and uncond, (B, T + K, D) float32 each.
+        cond and uncond.
     """
     proj = model.embedder.image_proj
     empty_text = ops.broadcast_to(empty_text, texts.shape)
-    return (ops.concat((texts, proj(embedding)), 1), ops.concat((empty_text, proj(ops.zeros_like(embedding))), 1))
+    return (Condition(ops.concat((texts, proj(embedding)), 1)),
+            Condition(ops.concat((empty_text, proj(ops.zeros_like(embedding))), 1)))
 
 
 def generate(model: ImagePromptModel, sides: tuple, seeds: Sequence[int], size: int, timesteps: np.ndarray,

@@ -35,7 +35,7 @@ class Hint:
     def acting(self, timesteps: np.ndarray) -> set:
         """Those of a sampler's timesteps at which it acts: whole steps between `start` and `end`."""
         n = len(timesteps)
-        return {int(t) for i, t in enumerate(timesteps) if i / n >= self.start and (i + 1) / n <= self.end}
+        return {float(t) for i, t in enumerate(timesteps) if i / n >= self.start and (i + 1) / n <= self.end}
 
 
 @dataclass

@@ -4,15 +4,15 @@ Tensors stream from source to target one by one, so memory stays near the larges
 """
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
 from mindspore.nn.utils import no_init_parameters
 from tqdm import tqdm
 
+from ip_adapter.families import FAMILIES, SD15, SDXL, Family
 from ip_adapter.image_prompt import ImageProjModel
-from ip_adapter.names import EMBEDDER_SD15, IMAGE_ATTENTION, TEXT_ONLY, image_encoder_mindspore, image_proj_mindspore
+from ip_adapter.names import IMAGE_ATTENTION, TEXT_ONLY
 from ip_adapter.parts import controlnet_part, find_adapter, image_encoder_part, vae_part
 from ip_adapter.patch import patch_cross_attention
 from ip_adapter.pictures import write_sha256
@@ -22,22 +22,6 @@ from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.unet import UNetModel
-from ldm.names import (
-    CONTROLNET_PREFIX,
-    CONTROLNET_SD15,
-    TEXT_SD15,
-    TEXT_TORCH,
-    UNET_SD15,
-    UNET_TORCH,
-    VAE_MINDSPORE,
-    VAE_TORCH,
-)
-
-# SD-1.5's base in its two spellings: UNet, autoencoder, text encoder.
-SD15_TORCH = (UNET_TORCH, VAE_TORCH, TEXT_TORCH)
-SD15_MINDSPORE = (UNET_SD15, VAE_MINDSPORE, TEXT_SD15)
-# What a merged file holds beyond the base; it may be merged again, with another adapter for example.
-MERGED_EXTRAS = rf"{IMAGE_ATTENTION}|^{re.escape(EMBEDDER_SD15)}|^{re.escape(CONTROLNET_PREFIX)}"
 
 
 def write_plan(out, planned: dict, description: str) -> int:
@@ -55,48 +39,56 @@ def write_plan(out, planned: dict, description: str) -> int:
     return len(planned)
 
 
-def sd_base(file: CheckpointFile, flag: str) -> tuple:
-    """The networks of an SD-1.5 base file and where they are in it, checked.
+def base_parts(file: CheckpointFile, family: Family, flag: str) -> tuple:
+    """The networks of a base file and where they are in it, checked.
 
     Returns:
-        A patched UNet, not initialised, and the parts UNet without image attention, autoencoder and text encoder, in
-        the order of SD15_MINDSPORE.
+        A patched UNet, not initialised, and the parts UNet without image attention, autoencoder and text encoders, in
+        the order of `Family.mindspore`.
     """
     probe = ("input_blocks.1.0.in_layers.0.gamma", "input_blocks.1.0.in_layers.2.weight")
-    layouts = SD15_TORCH if best_layout(file.tensors, probe, (UNET_SD15, UNET_TORCH)) is UNET_TORCH else SD15_MINDSPORE
+    mindspore, torch = family.mindspore, family.torch
+    layouts = torch if best_layout(file.tensors, probe, (mindspore[0], torch[0])) is torch[0] else mindspore
     views = [View(file.tensors, layout) for layout in layouts]
-    # Head counts and activations change no shape, so any will do for naming.
-    sizes = unet_config(views[0], num_heads=8), autoencoder_config(views[1]), text_config(views[2], "quick_gelu")
-    if None in sizes:
-        family = "an SDXL file" if is_sdxl(file.tensors) else "not a whole SD-1.5 model"
-        raise CheckpointError(f"{flag} {file.path}: is {family}, expected sd_v1.5-d0ab7146.ckpt or "
-                              "v1-5-pruned-emaonly.safetensors")
+    # Head counts change no shape, so any will do for naming.
+    sizes = [unet_config(views[0], num_heads=8), autoencoder_config(views[1])] + [
+        text_config(view, activation) for view, activation in zip(views[2:], family.activations)]
+    if None in sizes or is_sdxl(file.tensors) != (family is SDXL):
+        other = next(other for other in FAMILIES.values() if other is not family)
+        whole = is_sdxl(file.tensors) == (other is SDXL) and sizes[0]
+        found = f"an {other.name} file" if whole else "not a whole model"
+        raise CheckpointError(f"{flag} {file.path}: is {found}, expected {family.base}")
     with no_init_parameters():
-        unet, autoencoder, text = UNetModel(sizes[0]), AutoencoderKL(sizes[1]), CLIPTextTransformer(sizes[2])
+        unet, autoencoder = UNetModel(sizes[0]), AutoencoderKL(sizes[1])
+        texts = [CLIPTextTransformer(size) for size in sizes[2:]]
         patch_cross_attention(unet)
-    shapes = parameter_shapes(unet, TEXT_ONLY), parameter_shapes(autoencoder), parameter_shapes(text)
+    shapes = [parameter_shapes(unet, TEXT_ONLY)] + [parameter_shapes(cell) for cell in (autoencoder, *texts)]
+    for name in family.carried:
+        if name in views[-1]:
+            shapes[-1][name] = views[-1].shape(name)
     parts = [Part(shape, file, layout) for shape, layout in zip(shapes, layouts)]
-    check(parts, allowed=MERGED_EXTRAS if layouts is SD15_MINDSPORE else r"(?!)")
+    check(parts, allowed=family.merged_extras if layouts is mindspore else r"(?!)")
     return unet, parts
 
 
-def plan_base(parts: list, dtype: str | None) -> dict:
-    """How the parts of `sd_base` are written under MindSpore names."""
+def plan_base(parts: list, family: Family, dtype: str | None) -> dict:
+    """How the parts of `base_parts` are written under MindSpore names."""
     planned = {}
-    for part, target in zip(parts, SD15_MINDSPORE):
+    for part, target in zip(parts, family.mindspore):
         planned.update(plan(part, target, dtype))
     return planned
 
 
-def merge_sd(sd, open_clip_vit, ip_adapter, vae, out, controlnet=None, skip_ip: bool = False,
-             dtype: str = "float32") -> int:
-    """Merge SD-1.5, an image encoder, an adapter, an autoencoder and a ControlNet into one file.
+def merge(family: Family, base, open_clip_vit, ip_adapter, vae, out, controlnet=None, skip_ip: bool = False,
+          dtype: str = "float32") -> int:
+    """Merge a base model, an image encoder, an adapter, an autoencoder and a ControlNet into one file.
 
     Args:
-        sd: SD-1.5, MindSpore or original torch names, or a merged file.
+        family: of the model.
+        base: the whole model, MindSpore or original torch names, or a merged file.
         open_clip_vit: image encoder, Hugging Face names, or a merged file.
-        ip_adapter: published adapter, or sd-N.ckpt of a finetuning; not read with `skip_ip`.
-        vae: autoencoder, which takes the place of the one in `sd`; None keeps that.
+        ip_adapter: published adapter, or that of a finetuning; not read with `skip_ip`.
+        vae: autoencoder, which takes the place of the one in `base`; None keeps that.
         out: .ckpt or .safetensors to write.
         controlnet: ControlNet, diffusers' or original names; None for none.
         skip_ip: leave the projector out and let to_k_ip and to_v_ip start as to_k and to_v, to train from scratch.
@@ -112,40 +104,40 @@ def merge_sd(sd, open_clip_vit, ip_adapter, vae, out, controlnet=None, skip_ip: 
         def opened(path) -> CheckpointFile:
             return stack.enter_context(open_checkpoint(path))
 
-        base = opened(sd)
-        unet, parts = sd_base(base, "--sd")
+        base = opened(base)
+        unet, parts = base_parts(base, family, family.base_flag)
         if vae is not None:
             parts[1] = vae_part(opened(vae))[1]
-        planned = plan_base(parts, dtype)
+        planned = plan_base(parts, family, dtype)
 
-        encoder, encoder_part = image_encoder_part(opened(open_clip_vit))
-        planned.update(plan(encoder_part, image_encoder_mindspore(EMBEDDER_SD15), dtype))
+        encoder, encoder_part = image_encoder_part(opened(open_clip_vit), family)
+        planned.update(plan(encoder_part, family.image_encoder, dtype))
 
         attention = parameter_shapes(unet, IMAGE_ATTENTION)
         if skip_ip:
             text = parts[0].layout
             start = Layout(text.prefix, ((r"\.to_([kv])_ip\.", r".to_\1."),) + text.renames)
-            planned.update(plan(Part(attention, base, start), UNET_SD15, dtype))
+            planned.update(plan(Part(attention, base, start), family.mindspore[0], dtype))
         else:
             file = opened(ip_adapter)
-            size, attention_layout, proj_layout = find_adapter(file, unet, encoder.config.embed_dim)
+            size, attention_layout, proj_layout = find_adapter(file, unet, encoder.config.embed_dim, family)
             with no_init_parameters():
                 proj = parameter_shapes(ImageProjModel(size))
             adapter = Part(attention, file, attention_layout), Part(proj, file, proj_layout)
             check(adapter)
-            planned.update(plan(adapter[0], UNET_SD15, dtype))
-            planned.update(plan(adapter[1], image_proj_mindspore(EMBEDDER_SD15), dtype))
+            planned.update(plan(adapter[0], family.mindspore[0], dtype))
+            planned.update(plan(adapter[1], family.image_proj, dtype))
 
         if controlnet is not None:
-            planned.update(plan(controlnet_part(opened(controlnet), unet.config)[1], CONTROLNET_SD15, dtype))
+            planned.update(plan(controlnet_part(opened(controlnet), unet.config, family)[1], family.controlnet, dtype))
         return write_plan(out, planned, "merging")
 
 
-def convert_sd(source, out, dtype: str | None = None) -> int:
-    """Rewrite an original torch SD-1.5 file under MindSpore names.
+def convert(source, out, dtype: str | None = None) -> int:
+    """Rewrite an original torch file of either family under MindSpore names.
 
     Args:
-        source: v1-5-pruned-emaonly.safetensors or a model finetuned from it.
+        source: v1-5-pruned-emaonly.safetensors, sd_xl_base_1.0.safetensors, or a model finetuned from one of them.
         out: .ckpt or .safetensors to write.
         dtype: "float32", "float16", or None to keep what it has.
 
@@ -153,5 +145,6 @@ def convert_sd(source, out, dtype: str | None = None) -> int:
         How many tensors were written.
     """
     with open_checkpoint(source) as file:
-        _, parts = sd_base(file, "--source")
-        return write_plan(out, plan_base(parts, dtype), "converting")
+        family = SDXL if is_sdxl(file.tensors) else SD15
+        _, parts = base_parts(file, family, "--source")
+        return write_plan(out, plan_base(parts, family, dtype), "converting")

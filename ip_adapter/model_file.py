@@ -8,20 +8,19 @@ import numpy as np
 from mindspore import nn
 
 from ip_adapter.build import ImagePromptModel
-from ip_adapter.names import EMBEDDER_SD15, TEXT_ONLY, image_encoder_mindspore
+from ip_adapter.names import TEXT_ONLY
 from ldm.checkpoint import Layout, parameter_shapes
 from ldm.checkpoint_file import save_arrays
-from ldm.names import CONTROLNET_SD15, TEXT_SD15, UNET_SD15, VAE_MINDSPORE
 
 
 def networks(model: ImagePromptModel) -> dict:
     """Name -> (network, its layout in a merged file); the projector is left out, for adapters are trained later."""
-    diffusion = model.diffusion
-    parts = {"unet": (diffusion.unet, UNET_SD15), "vae": (diffusion.vae, VAE_MINDSPORE),
-             "text": (diffusion.text_encoder, TEXT_SD15),
-             "image": (model.embedder.image_encoder, image_encoder_mindspore(EMBEDDER_SD15))}
+    diffusion, family = model.diffusion, model.family
+    unet, vae, text = family.mindspore
+    parts = {"unet": (diffusion.unet, unet), "vae": (diffusion.vae, vae), "text": (diffusion.text_encoders[0], text),
+             "image": (model.embedder.image_encoder, family.image_encoder)}
     if diffusion.controlnets:
-        parts["controlnet"] = diffusion.controlnets[0], CONTROLNET_SD15
+        parts["controlnet"] = diffusion.controlnets[0], family.controlnet
     return parts
 
 

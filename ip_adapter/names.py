@@ -1,6 +1,6 @@
 """Names on disk of what an IP-Adapter adds: image encoder, projector, image attention.
 
-Merged SD-1.5 files keep the first two under `embedder.`, SDXL files under `conditioner.embedders.2.`.
+Merged files keep the first two under the prefix of their family (`ip_adapter/families.py`).
 """
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import re
 
 from ldm.checkpoint import Layout
 from ldm.names import HUGGING_FACE_BLOCKS, HUGGING_FACE_QKV, TORCH_BUFFERS, TORCH_NORMS
-
-EMBEDDER_SD15 = "embedder."
 
 
 def image_encoder_mindspore(embedder: str) -> Layout:

@@ -11,15 +11,9 @@ from mindspore import dtype as mstype
 from mindspore.nn.utils import no_init_parameters
 
 from ip_adapter.config import ModelConfig
+from ip_adapter.families import Family
 from ip_adapter.image_prompt import ImageProjConfig, image_proj_config
-from ip_adapter.names import (
-    EMBEDDER_SD15,
-    IMAGE_ENCODER_TORCH,
-    IMAGE_PROJ_TORCH,
-    image_attention_torch,
-    image_encoder_mindspore,
-    image_proj_mindspore,
-)
+from ip_adapter.names import IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch
 from ip_adapter.patch import transformer_blocks
 from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
 from ldm.checkpoint import Layout, Part, View, best_layout, check, parameter_shapes
@@ -30,10 +24,8 @@ from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
 from ldm.names import (
     CONTROLNET_DIFFUSERS,
-    CONTROLNET_SD15,
     CONTROLNET_TORCH,
-    TEXT_SD15,
-    UNET_SD15,
+    UNET_TORCH,
     VAE_ALONE,
     VAE_DIFFUSERS,
     VAE_MINDSPORE,
@@ -42,24 +34,33 @@ from ldm.names import (
 
 
 @dataclass(frozen=True)
-class SDSizes:
-    """Sizes of all the networks of SD-1.5 with an IP-Adapter; the default is the published model. None is absent."""
+class ModelSizes:
+    """Sizes of all the networks of a model with an IP-Adapter; the default is SD-1.5's. None is absent."""
 
     unet: UNetConfig | None = UNetConfig()
     vae: AutoencoderConfig | None = AutoencoderConfig()
-    text: CLIPTextConfig | None = CLIPTextConfig()
+    texts: tuple = (CLIPTextConfig(),)
     image: CLIPImageConfig | None = CLIPImageConfig()
     proj: ImageProjConfig | None = ImageProjConfig()
 
 
-def merged_sizes(tensors: dict, config: ModelConfig) -> SDSizes:
-    """What a merged SD-1.5 file holds."""
-    return SDSizes(
-        unet_config(View(tensors, UNET_SD15), config.num_heads, config.num_head_channels),
-        autoencoder_config(View(tensors, VAE_MINDSPORE)),
-        text_config(View(tensors, TEXT_SD15), config.text_activation),
-        image_config(View(tensors, image_encoder_mindspore(EMBEDDER_SD15)), config.image_heads),
-        image_proj_config(View(tensors, image_proj_mindspore(EMBEDDER_SD15))),
+    def absent(self) -> list:
+        """What is missing of a model without an adapter, by name."""
+        parts = {"UNet": self.unet, "autoencoder": self.vae, "image encoder": self.image,
+                 **{f"text encoder{f' {n}' if len(self.texts) > 1 else ''}": size
+                    for n, size in enumerate(self.texts, 1)}}
+        return [name for name, size in parts.items() if size is None]
+
+
+def merged_sizes(tensors: dict, family: Family, config: ModelConfig) -> ModelSizes:
+    """What a merged file of a family holds."""
+    unet, vae, *texts = (View(tensors, layout) for layout in family.mindspore)
+    return ModelSizes(
+        unet_config(unet, config.num_heads, config.num_head_channels),
+        autoencoder_config(vae),
+        tuple(text_config(view, activation) for view, activation in zip(texts, family.activations)),
+        image_config(View(tensors, family.image_encoder), config.image_heads),
+        image_proj_config(View(tensors, family.image_proj)),
     )
 
 
@@ -81,9 +82,9 @@ def vae_part(file: CheckpointFile, dtype=mstype.float32) -> tuple:
     return autoencoder, part
 
 
-def image_encoder_part(file: CheckpointFile) -> tuple:
+def image_encoder_part(file: CheckpointFile, family: Family) -> tuple:
     """The image encoder in a Hugging Face or merged file: the network, not initialised, and its checked part."""
-    merged = image_encoder_mindspore(EMBEDDER_SD15)
+    merged = family.image_encoder
     layout = best_layout(file.tensors, ("class_embedding", "proj"), (IMAGE_ENCODER_TORCH, merged))
     size = image_config(View(file.tensors, layout))
     if size is None:
@@ -96,19 +97,20 @@ def image_encoder_part(file: CheckpointFile) -> tuple:
     return encoder, part
 
 
-def adapter_layouts(unet: UNetModel) -> dict:
+def adapter_layouts(unet: UNetModel, family: Family) -> dict:
     """How adapters are named, finetuned here and published: layouts of the image attention and of the projector."""
-    return {"finetuned": (UNET_SD15, image_proj_mindspore(EMBEDDER_SD15)),
+    return {"finetuned": (family.mindspore[0], family.image_proj),
             "published": (image_attention_torch([path for path, _ in transformer_blocks(unet)]), IMAGE_PROJ_TORCH)}
 
 
-def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int) -> tuple:
+def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int, family: Family) -> tuple:
     """How an adapter is named, published, finetuned or inside a merged file.
 
     Args:
         file: holds the adapter.
         unet: the UNet it is meant for.
         embed_dim: width of the image encoder's embedding.
+        family: of the UNet.
 
     Returns:
         Sizes of the projector, layout of the image attention, layout of the projector.
@@ -117,14 +119,14 @@ def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int) -> tuple
         CheckpointError: it is of another kind, or was trained with another image encoder or base model.
     """
     probe = [f"{path}.attn2.to_k_ip.weight" for path, _ in transformer_blocks(unet)]
-    layouts = {attention: (attention, proj) for attention, proj in adapter_layouts(unet).values()}
+    layouts = {attention: (attention, proj) for attention, proj in adapter_layouts(unet, family).values()}
     attention, proj = layouts[best_layout(file.tensors, probe, layouts)]
     size: ImageProjConfig | None = image_proj_config(View(file.tensors, proj))
     if size is None:
         plus = any(name.startswith(("image_proj.latents", "image_proj.proj.0")) for name in file.tensors)
         raise CheckpointError(f"--ip_adapter {file.path}: " + (
             "is a plus or full-face adapter; only the plain ones, with 4 tokens of the image embedding, are supported"
-            if plus else "holds no adapter; expected ip-adapter_sd15.safetensors or a finetuned sd-N.ckpt"))
+            if plus else f"holds no adapter; expected {family.adapter}"))
     if size.embed_dim != embed_dim:
         trained = ENCODERS.get(size.embed_dim, f"an encoder of width {size.embed_dim}")
         given = ENCODERS.get(embed_dim, f"of width {embed_dim}")
@@ -136,12 +138,13 @@ def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int) -> tuple
     return size, attention, proj
 
 
-def controlnet_part(file: CheckpointFile, unet: UNetConfig, dtype=mstype.float32) -> tuple:
+def controlnet_part(file: CheckpointFile, unet: UNetConfig, family: Family, dtype=mstype.float32) -> tuple:
     """The ControlNet a file holds: diffusers' names, original ones, or those of a merged file.
 
     Args:
         file: holds the ControlNet, alone or, if original or merged, with the model around it.
         unet: sizes of the UNet it is to steer.
+        family: of the UNet.
         dtype: of the network.
 
     Returns:
@@ -151,13 +154,13 @@ def controlnet_part(file: CheckpointFile, unet: UNetConfig, dtype=mstype.float32
         CheckpointError: there is none, or it is for another base model.
     """
     probe = ("input_hint_block.0.weight", "middle_block_out.0.weight", "input_blocks.1.0.in_layers.0.gamma")
-    layout: Layout = best_layout(file.tensors, probe, (CONTROLNET_DIFFUSERS, *CONTROLNET_TORCH, CONTROLNET_SD15))
+    layout: Layout = best_layout(file.tensors, probe, (CONTROLNET_DIFFUSERS, *CONTROLNET_TORCH, family.controlnet))
     view = View(file.tensors, layout)
     size = unet_config(view, unet.num_heads, unet.num_head_channels)
-    merged = layout is CONTROLNET_SD15
+    merged = layout is family.controlnet
     if size is None or any(path not in view for path in probe):
-        how = "merge one with tools/merge_ckpts_sd.py --controlnet FILE or give --controlnet FILE" if any(
-            name.startswith(UNET_SD15.prefix) for name in file.tensors) else "expected lllyasviel's in either layout"
+        how = f"merge one with {family.tool} --controlnet FILE or give --controlnet FILE" if any(
+            name.startswith(UNET_TORCH.prefix) for name in file.tensors) else f"expected {family.controlnets}"
         raise CheckpointError(f"--controlnet {file.path}: holds no ControlNet; {how}")
     if (size.model_channels, size.channel_mult, size.context_dim) != (
             unet.model_channels, unet.channel_mult, unet.context_dim):

@@ -5,7 +5,7 @@ import argparse
 import functools
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
@@ -14,8 +14,9 @@ from mindspore import Tensor
 from PIL import Image
 from tqdm import tqdm
 
+from gm.conditioner import Sizes
 from ip_adapter import __version__
-from ip_adapter.build import ImagePromptModel, build_sd
+from ip_adapter.build import ImagePromptModel, build_model
 from ip_adapter.cli import default_weights, extra_parts
 from ip_adapter.config import InferenceConfig
 from ip_adapter.inputs import Hint, Inputs
@@ -25,8 +26,9 @@ from ldm.errors import UserError
 log = logging.getLogger(__name__)
 
 # Flags of single tasks that the metadata names where they are given.
-OWN_FLAGS = ("latents", "ref_img", "ref_mask", "strength", "invert_mask", "paste_original", "mask_blur",
-             "control_image", "control_scale", "control_start", "control_end", "canny")
+OWN_FLAGS = ("guider", "discretization", "orig_height", "orig_width", "crop_coords_top", "crop_coords_left",
+             "target_height", "target_width", "latents", "ref_img", "ref_mask", "strength", "invert_mask",
+             "paste_original", "mask_blur", "control_image", "control_scale", "control_start", "control_end", "canny")
 
 
 @dataclass
@@ -34,16 +36,26 @@ class Batch:
     """Pictures made together.
 
     Attributes:
-        prompts: one for each picture.
-        negative_prompts: one for each picture.
+        prompt: of all of them.
+        negative_prompt: of all of them.
+        sides: what is asked for, `ImagePromptModel.conditions` of one picture.
         seeds: one for each picture.
         noise: (B, 4, H / 8, W / 8) float32, unit variance.
     """
 
-    prompts: list
-    negative_prompts: list
+    prompt: str
+    negative_prompt: str
+    sides: tuple
     seeds: list
     noise: Tensor
+    _generators: list = field(default_factory=list)
+
+    def fresh_noise(self) -> Tensor:
+        """More noise like `noise`, of each picture's own, for samplers that add some at every step."""
+        if not self._generators:
+            self._generators = [np.random.default_rng([seed, 1]) for seed in self.seeds]
+        shape = self.noise.shape[1:]
+        return Tensor(np.stack([generator.standard_normal(shape, np.float32) for generator in self._generators]))
 
 
 class Run:
@@ -70,6 +82,7 @@ class Run:
         if self.latents is not None and len(self.latents) != total:
             raise UserError(f"--latents {args.latents}: holds {len(self.latents)} starting points, expected {total} "
                             "(--n_samples x --n_iter x prompts)")
+        self.conditions: list = []
         self.made, self.steps, self.sampling_seconds, self.started = 0, 0, 0.0, time.time()
 
     def _default_samples(self) -> int:
@@ -77,10 +90,15 @@ class Run:
             return self.args.default_samples
         return max(1, len(self.latents) // (len(self.pairs) * self.args.n_iter))
 
+    def encode(self, model: ImagePromptModel, inputs: Inputs) -> None:
+        """Find out what all pictures are asked for, once; then the encoders are no longer needed."""
+        self.conditions = model.conditions(inputs.image, self.pairs)
+        model.start_denoising()
+
     def batches(self) -> Iterator[Batch]:
         """All batches; picture n of the run depends on its own seed only, not on the batch it is in."""
         n = 0
-        for prompt, negative in self.pairs:
+        for (prompt, negative), sides in zip(self.pairs, self.conditions):
             for _ in range(self.args.n_iter):
                 indices = range(n, n + self.args.n_samples)
                 n += self.args.n_samples
@@ -88,7 +106,7 @@ class Run:
                 noise = [self.latents[i] if self.latents is not None
                          else np.random.default_rng(seed).standard_normal(self.shape, np.float32)
                          for i, seed in zip(indices, seeds)]
-                yield Batch([prompt] * len(seeds), [negative] * len(seeds), seeds, Tensor(np.stack(noise)))
+                yield Batch(prompt, negative, sides, seeds, Tensor(np.stack(noise)))
 
     def make(self, model: ImagePromptModel, inputs: Inputs, timesteps: np.ndarray, sample: Callable,
              finish: Callable = lambda pictures: pictures) -> None:
@@ -98,17 +116,16 @@ class Run:
             model: patched, with a ControlNet for each hint.
             inputs: what it is given.
             timesteps: those of the sampler.
-            sample: (denoise, noise) -> iterator over the latents after each step: what the task is made of.
+            sample: (denoise, batch) -> iterator over the latents after each step: what the task is made of.
             finish: the last touch to a batch of (B, H, W, 3) uint8 pictures.
         """
         model.set_ip_scale(self.args.ip_scale)
-        image_tokens = model.image_tokens(inputs.image)
         controls = model.controls(inputs.hints, timesteps)
         self._save_hints(inputs.hints)
         for batch in self.batches():
-            cond, uncond = model.condition(batch.prompts, batch.negative_prompts, image_tokens)
+            cond, uncond = (side.repeated(len(batch.seeds)) for side in batch.sides)
             denoise = model.diffusion.denoiser(cond, uncond, self.args.scale, controls)
-            latents = self.sample(sample(denoise, batch.noise), len(timesteps))
+            latents = self.sample(sample(denoise, batch), len(timesteps))
             self.save(finish(model.diffusion.decode(latents)), batch, inputs.shown())
         self.report()
 
@@ -125,13 +142,12 @@ class Run:
     def save(self, pictures: np.ndarray, batch: Batch, inputs: list) -> None:
         """Write a batch: single pictures under samples/, and a grid with the inputs on the left."""
         folder = Path(self.args.output_path)
-        for picture, prompt, negative, seed in zip(pictures, batch.prompts, batch.negative_prompts, batch.seeds):
+        for picture, seed in zip(pictures, batch.seeds):
             if not self.args.skip_save:
-                path = save_png(folder / "samples", Image.fromarray(picture), self.settings(prompt, negative, seed))
+                path = save_png(folder / "samples", Image.fromarray(picture), self.settings(batch, seed))
                 log.debug("%s", path)
         if not self.args.skip_grid:
-            settings = self.settings(batch.prompts[0], batch.negative_prompts[0], batch.seeds[0])
-            save_png(folder, grid(inputs, pictures), settings, "grid-{:05d}.png")
+            save_png(folder, grid(inputs, pictures), self.settings(batch, batch.seeds[0]), "grid-{:05d}.png")
         self.made += len(pictures)
 
     def _save_hints(self, hints: list[Hint]) -> None:
@@ -151,13 +167,14 @@ class Run:
             (flag, ", ".join(path.name for path in paths)),
             (f"{flag}_sha256", ", ".join(file_sha256(path) for path in paths)))}
 
-    def settings(self, prompt: str, negative: str, seed: int) -> dict:
+    def settings(self, batch: Batch, seed: int) -> dict:
         """What repeats a picture, as text metadata."""
         a = self.args
         own = {flag: as_typed(getattr(a, flag)) for flag in OWN_FLAGS if getattr(a, flag, None) not in (None, [])}
-        return {"prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": a.sampling_steps,
-                "guidance_scale": a.scale, "ip_scale": a.ip_scale, "sampler": "DDIM", "size": f"{a.W}x{a.H}",
-                "img": a.img, **own, "model": self.name, **self.fingerprints, "dtype": a.dtype,
+        return {"prompt": batch.prompt, "negative_prompt": batch.negative_prompt, "seed": seed,
+                "steps": a.sampling_steps, "guidance_scale": a.scale, "ip_scale": a.ip_scale,
+                "sampler": getattr(a, "sampler", "DDIM"), "size": f"{a.W}x{a.H}", "img": a.img, **own,
+                "model": self.name, **self.fingerprints, "dtype": a.dtype,
                 "program": f"IP-Adapter on MindSpore {__version__}"}
 
     def report(self) -> None:
@@ -170,15 +187,25 @@ class Run:
                  self.made / seconds)
 
 
-def open_run(args: argparse.Namespace, config: InferenceConfig) -> tuple:
-    """Plan the run and build its model: (Run, ImagePromptModel).
+def open_run(args: argparse.Namespace, config: InferenceConfig, inputs: Inputs) -> tuple:
+    """Plan the run, build its model and encode what it is asked for: (Run, ImagePromptModel).
 
     Raises:
         UserError: flags or files do not fit together; nothing large is read before the flags are found good.
     """
     extra, weights = extra_parts(args), default_weights(args, config)
     run = Run(args, config.name, weights)
-    return run, build_sd(weights, config.model, args.dtype, extra)
+    model = build_model(weights, config.model, args.dtype, extra, staged=True)
+    if hasattr(args, "crop_coords_top"):
+        model.diffusion.sizes = picture_sizes(args)
+    run.encode(model, inputs)
+    return run, model
+
+
+def picture_sizes(args: argparse.Namespace) -> Sizes:
+    """The sizes SDXL is told; those no flag gives are the output's."""
+    return Sizes((args.orig_height or args.H, args.orig_width or args.W), (args.crop_coords_top, args.crop_coords_left),
+                 (args.target_height or args.H, args.target_width or args.W))
 
 
 def as_typed(value) -> str:

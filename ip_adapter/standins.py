@@ -1,4 +1,4 @@
-"""Seeded stand-ins for the published SD-1.5 files: same names and layout, any size, values from a fixed rule.
+"""Seeded stand-ins for the published files of both families: same names and layout, any size, values from a fixed rule.
 
 They let the tests and the benchmark go the way real weights go. Pictures made with them are noise.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from mindspore.nn.utils import no_init_parameters
 
+from ip_adapter.families import SD15, Family
 from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel
-from ip_adapter.merge import SD15_TORCH
 from ip_adapter.names import IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, TEXT_ONLY, image_attention_torch
-from ip_adapter.parts import SDSizes
+from ip_adapter.parts import ModelSizes
 from ip_adapter.patch import patch_cross_attention, transformer_blocks
 from ldm.checkpoint import Layout, parameter_shapes
 from ldm.checkpoint_file import TensorInfo, write_checkpoint
@@ -25,12 +25,21 @@ from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
 from ldm.names import CLIP_TEXT_TORCH, CONTROLNET_DIFFUSERS, VAE_DIFFUSERS
 
-MINIATURE = SDSizes(
+MINIATURE = ModelSizes(
     UNetConfig(model_channels=32, context_dim=128),
     AutoencoderConfig(channels=32),
-    CLIPTextConfig(width=128, layers=2, heads=2, mlp_width=512),
+    (CLIPTextConfig(width=128, layers=2, heads=2, mlp_width=512),),
     CLIPImageConfig(width=64, layers=2, mlp_width=256, embed_dim=32),
     ImageProjConfig(embed_dim=32, context_dim=128),
+)
+MINIATURE_XL = ModelSizes(
+    UNetConfig(model_channels=32, channel_mult=(1, 2, 4), transformer_depth=(0, 1, 2), middle_depth=2,
+               context_dim=192, num_heads=-1, num_head_channels=32, use_linear=True, adm_in_channels=128 + 6 * 256),
+    AutoencoderConfig(channels=32),
+    (CLIPTextConfig(width=64, layers=3, heads=1, mlp_width=256),
+     CLIPTextConfig(width=128, layers=2, heads=2, mlp_width=512, activation="gelu", projection=128)),
+    CLIPImageConfig(width=64, layers=2, mlp_width=256, embed_dim=48),
+    ImageProjConfig(embed_dim=48, context_dim=192),
 )
 
 
@@ -68,37 +77,41 @@ def write_standin(path: Path, parts: list, seed: int = 0) -> None:
     write_checkpoint(path, infos, lambda name: seeded(name, infos[name].shape, seed))
 
 
-def write_clip_standin(path: Path, sizes: SDSizes = MINIATURE, seed: int = 0) -> None:
+def write_clip_standin(path: Path, sizes: ModelSizes = MINIATURE, seed: int = 0) -> None:
     """Write a whole CLIP in Hugging Face's layout: text and image encoder with their projections."""
     with no_init_parameters():
-        text = CLIPTextTransformer(replace(sizes.text, projection=sizes.image.embed_dim))
+        text = CLIPTextTransformer(replace(sizes.texts[0], projection=sizes.image.embed_dim))
         image = CLIPImageTransformer(sizes.image)
     parts = [(parameter_shapes(text), CLIP_TEXT_TORCH), (parameter_shapes(image), IMAGE_ENCODER_TORCH)]
     write_standin(path, parts, seed)
 
 
-def write_sd_standins(folder: Path, sizes: SDSizes = MINIATURE, seed: int = 0) -> dict:
-    """Write the published files of SD-1.5 with an IP-Adapter and a ControlNet, under their usual names.
+def write_standins(folder: Path, sizes: ModelSizes = MINIATURE, seed: int = 0, family: Family = SD15) -> dict:
+    """Write the published files of a family with an IP-Adapter and a ControlNet, under their usual names.
 
     Returns:
-        The paths, by the flag of tools/merge_ckpts_sd.py they belong to.
+        The paths, by the argument of `ip_adapter.merge.merge` they belong to.
     """
     with no_init_parameters():
         unet = UNetModel(sizes.unet)
         patch_cross_attention(unet, sizes.proj.num_tokens)
-        vae, text = AutoencoderKL(sizes.vae), CLIPTextTransformer(sizes.text)
+        vae, texts = AutoencoderKL(sizes.vae), [CLIPTextTransformer(size) for size in sizes.texts]
         image, proj = CLIPImageTransformer(sizes.image), ImageProjModel(sizes.proj)
         controlnet = ControlNet(sizes.unet)
+    base, adapter, control = {
+        "SD-1.5": ("v1-5-pruned-emaonly", "ip-adapter_sd15", "control_v11f1p_sd15_depth"),
+        "SDXL": ("sd_xl_base_1.0", "ip-adapter_sdxl", "controlnet-depth-sdxl-1.0")}[family.name]
     paths = {
-        "sd": folder / "v1-5-pruned-emaonly.safetensors",
+        "base": folder / f"{base}.safetensors",
         "vae": folder / "sd-vae-ft-mse" / "diffusion_pytorch_model.safetensors",
         "open_clip_vit": folder / "IP-Adapter" / "image_encoder" / "model.safetensors",
-        "ip_adapter": folder / "IP-Adapter" / "ip-adapter_sd15.safetensors",
-        "controlnet": folder / "control_v11f1p_sd15_depth" / "diffusion_pytorch_model.safetensors",
+        "ip_adapter": folder / "IP-Adapter" / f"{adapter}.safetensors",
+        "controlnet": folder / control / "diffusion_pytorch_model.safetensors",
     }
     attention: Layout = image_attention_torch([path for path, _ in transformer_blocks(unet)])
-    base = (parameter_shapes(unet, TEXT_ONLY), parameter_shapes(vae), parameter_shapes(text))
-    write_standin(paths["sd"], list(zip(base, SD15_TORCH)), seed)
+    shapes = [parameter_shapes(unet, TEXT_ONLY)] + [parameter_shapes(cell) for cell in (vae, *texts)]
+    shapes[-1].update({name: () for name in family.carried})
+    write_standin(paths["base"], list(zip(shapes, family.torch)), seed)
     write_standin(paths["vae"], [(parameter_shapes(vae), VAE_DIFFUSERS[0])], seed)
     write_standin(paths["open_clip_vit"], [(parameter_shapes(image), IMAGE_ENCODER_TORCH)], seed)
     write_standin(paths["ip_adapter"], [(parameter_shapes(unet, IMAGE_ATTENTION), attention),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Callable, NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -25,8 +26,8 @@ class GuidedDenoiser(nn.Cell):
         super().__init__(auto_prefix=False)
         self.unet, self.controlnets = unet, nn.CellList(list(controlnets))
 
-    def construct(self, x: Tensor, timestep: Tensor, context: Tensor, scale: Tensor, text: Tensor = None,
-                  hints: Tensor = None, control_scales: Tensor = None) -> Tensor:
+    def construct(self, x: Tensor, timestep: Tensor, context: Tensor, scale: Tensor, y: Tensor = None,
+                  text: Tensor = None, hints: Tensor = None, control_scales: Tensor = None) -> Tensor:
         """Predict the noise.
 
         Args:
@@ -34,6 +35,7 @@ class GuidedDenoiser(nn.Cell):
             timestep: () float32.
             context: (B, T, D), or (2 B, T, D) with the unconditional half first.
             scale: () float32, guidance scale; of no effect on a context of B.
+            y: (B, V) or (2 B, V) vector condition of SDXL, or None.
             text: the part of `context` that ControlNets see, or None for none of them.
             hints: (N, M, H, W) embedded hint of each ControlNet.
             control_scales: (N,) float32.
@@ -46,20 +48,32 @@ class GuidedDenoiser(nn.Cell):
         timesteps = ops.broadcast_to(timestep, (batch.shape[0],))
         control = None
         if text is not None:
-            control = self._residuals(batch, timesteps, text, hints, control_scales)
-        noise = self.unet(batch, timesteps, context, None, control)
+            control = self._residuals(batch, timesteps, text, hints, control_scales, y)
+        noise = self.unet(batch, timesteps, context, y, control)
         if guided:
             uncond, cond = ops.split(noise, x.shape[0], 0)
             noise = uncond + scale * (cond - uncond)
         return noise
 
-    def _residuals(self, x: Tensor, timesteps: Tensor, text: Tensor, hints: Tensor, scales: Tensor) -> list:
+    def _residuals(self, x: Tensor, timesteps: Tensor, text: Tensor, hints: Tensor, scales: Tensor, y) -> list:
         """The sum of what the ControlNets give."""
         total = None
         for i in range(len(self.controlnets)):
-            residuals = self.controlnets[i](x, timesteps, text, hints[i : i + 1], scales[i])
+            residuals = self.controlnets[i](x, timesteps, text, hints[i : i + 1], scales[i], y)
             total = residuals if total is None else [a + b for a, b in zip(total, residuals)]
         return total
+
+
+class Condition(NamedTuple):
+    """What one side of the guidance is given."""
+
+    context: Tensor  # (B, T, D) float32: text tokens, then image tokens
+    vector: Tensor | None = None  # (B, V) float32 of SDXL
+
+    def repeated(self, count: int) -> Condition:
+        """A condition of one picture for `count` of them."""
+        return Condition(*(None if part is None else ops.broadcast_to(part, (count,) + part.shape[1:])
+                           for part in self))
 
 
 @dataclass
@@ -84,7 +98,7 @@ class LatentDiffusion:
     Attributes:
         unet: predicts noise; patched with image attention or not.
         vae: autoencoder.
-        text_encoder: CLIP-L.
+        text_encoders: CLIP-L; of SDXL, OpenCLIP's ViT-bigG as well.
         schedule: the noise it was trained with.
         scale_factor: what latents are multiplied by (0.18215).
         controlnets: in the order of the hints.
@@ -92,19 +106,23 @@ class LatentDiffusion:
 
     unet: UNetModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextTransformer
+    text_encoders: list[CLIPTextTransformer]
     schedule: NoiseSchedule
     scale_factor: float
     controlnets: list[ControlNet] = field(default_factory=list)
 
     def __post_init__(self):
-        self.context_length = self.text_encoder.config.context_length  # the encoder itself may leave memory
+        self.context_length = self.text_encoders[0].config.context_length  # the encoder itself may leave memory
         self.tokenizer = CLIPTokenizer(context_length=self.context_length)
         self.guided = GuidedDenoiser(self.unet, self.controlnets)
 
     def encode_text(self, texts: list) -> Tensor:
         """Texts -> (B, 77, D) float32 context: last hidden states after the final norm."""
-        return self.text_encoder(Tensor(self.tokenizer(texts)))[0]
+        return self.text_encoders[0](Tensor(self.tokenizer(texts)))[0]
+
+    def condition(self, texts: list) -> Condition:
+        """What B texts alone ask for."""
+        return Condition(self.encode_text(texts))
 
     def encode_image(self, image: np.ndarray) -> Tensor:
         """(B, 3, H, W) float32 in [-1, 1] -> (B, 4, H / 8, W / 8) scaled latents, the mode of the posterior."""
@@ -120,28 +138,31 @@ class LatentDiffusion:
             pictures.append(np.round(pixels).astype(np.uint8))
         return np.stack(pictures)
 
-    def denoiser(self, cond: Tensor, uncond: Tensor, guidance_scale: float, controls: list[Control] = ()):
+    def denoiser(self, cond: Condition, uncond: Condition, guidance_scale: float,
+                 controls: list[Control] = ()) -> Callable:
         """The function a sampler calls.
 
         Args:
-            cond: (B, T, D) context; the text's tokens come first, and ControlNets see only those.
-            uncond: (B, T, D) context of the unconditional side.
+            cond: of B pictures; in its context the text's tokens come first, and ControlNets see only those.
+            uncond: the unconditional side.
             guidance_scale: s; 1 or less leaves the unconditional side out.
             controls: one for each ControlNet.
 
         Returns:
             (x, t) -> predicted noise, shaped as x.
         """
-        context = ops.concat((uncond, cond), 0) if guidance_scale > 1 else cond
+        both = [pair[1] if guidance_scale <= 1 or pair[1] is None else ops.concat(pair, 0)
+                for pair in zip(uncond, cond)]
+        context, y = both
         scale = Tensor(guidance_scale, ms.float32)
         text = ops.narrow(context, 1, 0, self.context_length)
         hints = ops.concat([control.hint for control in controls], 0) if controls else None
 
-        def denoise(x: Tensor, t: int) -> Tensor:
+        def denoise(x: Tensor, t: float) -> Tensor:
             timestep = Tensor(t, ms.float32)
             scales = [control.scale if t in control.timesteps else 0.0 for control in controls]
             if not any(scales):
-                return self.guided(x, timestep, context, scale)
-            return self.guided(x, timestep, context, scale, text, hints, Tensor(scales, ms.float32))
+                return self.guided(x, timestep, context, scale, y)
+            return self.guided(x, timestep, context, scale, y, text, hints, Tensor(scales, ms.float32))
 
         return denoise

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from ip_adapter.cli import execute
-from ip_adapter.merge import merge_sd
-from ip_adapter.standins import write_sd_standins
+from ip_adapter.families import SD15, SDXL
+from ip_adapter.merge import merge
+from ip_adapter.standins import MINIATURE_XL, write_standins
 from ldm.checkpoint_file import open_checkpoint
 from ldm.device import start_device
 
@@ -26,14 +27,14 @@ start_device("CPU", 1)
 @pytest.fixture(scope="session")
 def standins(tmp_path_factory) -> dict:
     """The published files of SD-1.5, small, by the merge tool's flags."""
-    return write_sd_standins(tmp_path_factory.mktemp("standins"))
+    return write_standins(tmp_path_factory.mktemp("standins"))
 
 
 @pytest.fixture(scope="session")
 def merged(standins, tmp_path_factory) -> Path:
     """The merged checkpoint of the stand-ins, without a ControlNet."""
     path = tmp_path_factory.mktemp("merged") / "sd_v1.5_ip_adapter.ckpt"
-    merge_sd(**{**standins, "controlnet": None}, out=path)
+    merge(SD15, **{**standins, "controlnet": None}, out=path)
     return path
 
 
@@ -41,7 +42,21 @@ def merged(standins, tmp_path_factory) -> Path:
 def merged_control(standins, tmp_path_factory) -> Path:
     """The merged checkpoint of the stand-ins, with a ControlNet."""
     path = tmp_path_factory.mktemp("merged") / "sd_v1.5_ip_adapter_controlnet.ckpt"
-    merge_sd(**standins, out=path)
+    merge(SD15, **standins, out=path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def standins_xl(tmp_path_factory) -> dict:
+    """The published files of SDXL, small, by the merge tool's flags."""
+    return write_standins(tmp_path_factory.mktemp("standins_xl"), MINIATURE_XL, family=SDXL)
+
+
+@pytest.fixture(scope="session")
+def merged_xl(standins_xl, tmp_path_factory) -> Path:
+    """The merged checkpoint of SDXL's stand-ins, with a ControlNet."""
+    path = tmp_path_factory.mktemp("merged") / "sd_xl_base_1.0_ms_ip_adapter.ckpt"
+    merge(SDXL, **standins_xl, out=path)
     return path
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 import image_inpainting_sd
 import image_variation_sd
 from controlnet_sd import main
-from ip_adapter.merge import merge_sd
-from ip_adapter.standins import MINIATURE, write_sd_standins
+from ip_adapter.families import SD15
+from ip_adapter.merge import merge
+from ip_adapter.standins import MINIATURE, write_standins
 from tests.conftest import DATA, assert_mistakes, pictures, psnr
 
 RECORDED = ["--img", DATA / "input.png", "--latents", DATA / "sd_latents.npy", "--H", "72", "--W", "104",
@@ -23,7 +24,7 @@ SMALL = ["--img", DATA / "input.png", "--control_image", DATA / "hint.png", "--H
 @pytest.fixture(scope="module")
 def second(tmp_path_factory) -> dict:
     """Stand-ins with other values."""
-    return write_sd_standins(tmp_path_factory.mktemp("second"), MINIATURE, seed=1)
+    return write_standins(tmp_path_factory.mktemp("second"), MINIATURE, seed=1)
 
 
 def test_the_picture_of_diffusers(merged_control, tmp_path, outcome):
@@ -69,7 +70,7 @@ def test_without_influence_it_is_image_variation(merged_control, tmp_path, outco
 def test_parts_given_directly_equal_a_new_merge(merged_control, standins, second, tmp_path, outcome):
     parts = {flag: second[flag] for flag in ("ip_adapter", "vae", "controlnet")}
     out = tmp_path / "merged.ckpt"
-    merge_sd(**{**standins, **parts}, out=out)
+    merge(SD15, **{**standins, **parts}, out=out)
     outcome(main, "--ckpt_path", out, *SMALL, "--output_path", tmp_path)
     flags = [word for flag, path in parts.items() for word in (f"--{flag}", path)]
     status, said = outcome(main, "--ckpt_path", merged_control, *SMALL, *flags, "--output_path", tmp_path)
@@ -84,7 +85,7 @@ def test_parts_given_directly_equal_a_new_merge(merged_control, standins, second
 
 def test_an_adapter_completes_a_checkpoint_merged_without_one(merged, standins, tmp_path, outcome):
     bare = tmp_path / "bare.ckpt"
-    merge_sd(**{**standins, "ip_adapter": None, "controlnet": None}, out=bare, skip_ip=True)
+    merge(SD15, **{**standins, "ip_adapter": None, "controlnet": None}, out=bare, skip_ip=True)
     small = ["--img", DATA / "input.png", "--H", "64", "--W", "64", "--sampling_steps", "2", "--n_samples", "1"]
     status, said = outcome(image_variation_sd.main, "--ckpt_path", bare, *small, "--output_path", tmp_path)
     assert status == 2 and "holds no IP-Adapter" in said and "--ip_adapter" in said
@@ -126,7 +127,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(merged, merged_control, st
     hint = DATA / "hint.png"
     cut = folder / "cut.safetensors"
     cut.write_bytes(standins["controlnet"].read_bytes()[:3000])
-    wide = write_sd_standins(folder / "wide", replace(MINIATURE, unet=replace(MINIATURE.unet, model_channels=64)))
+    wide = write_standins(folder / "wide", replace(MINIATURE, unet=replace(MINIATURE.unet, model_channels=64)))
     assert_mistakes(outcome, main, ["--ckpt_path", merged_control, *SMALL], {
         "--control_image": (["--control_image", folder / "absent.png"], "absent.png: no such file"),
         "not a picture": (["--control_image", folder / "text.png"], "--control_image .*is not a picture"),

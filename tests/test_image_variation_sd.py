@@ -125,7 +125,7 @@ def mistakes(folder, merged, standins) -> dict:
         "incomplete": (["--ckpt_path", folder / "part.ckpt"], "part.ckpt: holds no autoencoder"),
         "infinite": (["--ckpt_path", folder / "inf.ckpt"], "out.2.conv.bias holds NaN or infinite"),
         "SDXL": (["--ckpt_path", folder / "xl.ckpt"], "is an SDXL checkpoint.*image_variation_sdxl"),
-        "torch": (["--ckpt_path", standins["sd"]], "original torch checkpoint.*merge_ckpts_sd"),
+        "torch": (["--ckpt_path", standins["base"]], "original torch checkpoint.*merge_ckpts_sd"),
         "steps": (["--sampling_steps", "0"], "--sampling_steps.*0 is out of range, expected 1 to 1000"),
         "steps not a number": (["--sampling_steps", "many"], "'many' is not a whole number"),
         "scale": (["--scale", "nan"], "nan is out of range"),

@@ -45,7 +45,7 @@ def workplace(standins, merged, tmp_path_factory):
     """A folder as the README asks for it, with small files under the public names."""
     folder = tmp_path_factory.mktemp("workplace")
     models = folder / "checkpoints" / "sd_models"
-    shutil.copytree(standins["sd"].parent, models)
+    shutil.copytree(standins["base"].parent, models)
     for name, source in PICTURES.items():
         path = folder / "assets" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,8 @@ import image_variation_sd
 from ip_adapter.cli import TRAINING_SD, config_from, training_parser
 from ip_adapter.config import TrainingConfig
 from ip_adapter.drawn_world import caption, draw, random_scene
-from ip_adapter.merge import merge_sd
+from ip_adapter.families import SD15
+from ip_adapter.merge import merge
 from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures, psnr
 from train_sd import main
 
@@ -119,7 +120,7 @@ def test_only_the_adapter_trains_and_its_files_are_used(words, merged, standins,
     assert all(not np.array_equal(before[name], value) for name, value in after.items() if "_ip." in name)
     public = arrays(folder / "sd-2.safetensors")
     assert public.keys() == arrays(standins["ip_adapter"]).keys()
-    merge_sd(**{**standins, "controlnet": None, "ip_adapter": folder / "sd-2.ckpt"}, out=tmp_path / "full.ckpt")
+    merge(SD15, **{**standins, "controlnet": None, "ip_adapter": folder / "sd-2.ckpt"}, out=tmp_path / "full.ckpt")
     small = ["--img", DATA / "input.png", "--H", "64", "--W", "64", "--sampling_steps", "2", "--n_samples", "1",
              "--output_path", tmp_path]
     for checkpoint, flags in ((tmp_path / "full.ckpt", []), (merged, ["--ip_adapter", folder / "sd-2.ckpt"]),
@@ -135,7 +136,7 @@ def test_only_the_adapter_trains_and_its_files_are_used(words, merged, standins,
 def test_from_scratch(words, standins, tmp_path, outcome):
     """A checkpoint merged with --skip_ip has no projector; training starts one and counts from the text's weights."""
     bare = tmp_path / "bare.ckpt"
-    merge_sd(**{**standins, "ip_adapter": None, "controlnet": None}, out=bare, skip_ip=True)
+    merge(SD15, **{**standins, "ip_adapter": None, "controlnet": None}, out=bare, skip_ip=True)
     status, said = outcome(main, *words, "--pretrained_model_path", bare, "--max_steps", "1", "--output_path", tmp_path,
                            "--start_learning_rate", "0", "--ema_decay", "0")
     assert status == 0, said
@@ -259,7 +260,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(words, merged, standins, t
         "--data_path": (["--data_path", folder / "absent"], "--data_path .*absent"),
         "no csv": (["--data_path", folder / "empty"], "--data_path .*empty"),
         "--pretrained_model_path": (["--pretrained_model_path", folder / "a.ckpt"], "--pretrained_model_path: no file"),
-        "another model": (["--pretrained_model_path", standins["sd"]], "original torch checkpoint"),
+        "another model": (["--pretrained_model_path", standins["base"]], "original torch checkpoint"),
         "size": (["--image_size", "100"], "--image_size: 100 is not a multiple of 8; the nearest are 96 and 104"),
         "batch": (["--train_batch_size", "0"], "0 is out of range"),
         "rate": (["--start_learning_rate", "nan"], "nan is out of range"),

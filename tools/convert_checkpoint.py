@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
 from ip_adapter.cli import Parser, execute, start_logging  # noqa: E402
-from ip_adapter.merge import convert_sd  # noqa: E402
+from ip_adapter.merge import convert  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
@@ -24,7 +24,7 @@ def main(argv: list | None = None) -> None:
                         help="precision of what is written (default: that of the source)")
     args = parser.parse_args(argv)
     start_logging()
-    logging.info("%d tensors converted into %s", convert_sd(args.source, args.out, args.dtype), args.out)
+    logging.info("%d tensors converted into %s", convert(args.source, args.out, args.dtype), args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.build import ExtraParts, build_sd  # noqa: E402
+from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
     INFERENCE_SD,
     Parser,
@@ -65,7 +65,7 @@ def main(argv: list | None = None) -> None:
     dataset = ImageTextDataset(args.images, args.size, max_broken=args.max_broken, flag="--images")
     weights = default_weights(args, config)
     evaluation = Evaluation(args, weights, dataset)
-    model = build_sd(weights, config.model, args.dtype or default_dtype(), ExtraParts(args.ip_adapter))
+    model = build_model(weights, config.model, args.dtype or default_dtype(), ExtraParts(args.ip_adapter))
     scorer = open_scorer(args.clip, args.clip_activation) if args.clip else own_scorer(model)
     logging.info("%s", evaluation.run(model, scorer))
 

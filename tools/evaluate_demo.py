@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from ip_adapter.build import ExtraParts, build_sd  # noqa: E402
+from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
     INFERENCE_SD,
     Parser,
@@ -53,7 +53,7 @@ def main(argv: list | None = None) -> None:
     tasks = args.task or list(TASKS)
     controlled = any(TASKS[task].controlled for task in tasks)
     weights = default_weights(args, config)
-    model = build_sd(weights, config.model, args.dtype or default_dtype(),
+    model = build_model(weights, config.model, args.dtype or default_dtype(),
                      ExtraParts(args.ip_adapter, None, [args.controlnet] if controlled else []))
     judge = DemoJudge(model, config.sampling.H, args.steps, args.scale, args.seed, args.count, args.variations)
     figures = {"checkpoint": weights.name, "scenes": args.count, "variations": args.variations, "steps": args.steps,

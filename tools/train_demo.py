@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.build import ExtraParts, build_sd  # noqa: E402
+from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
     TRAINING_DEMO,
     config_from,
@@ -41,7 +41,7 @@ def main(argv: list | None = None) -> None:
     else:
         weights = Path(args.output_path) / "start.ckpt"
         demo_start(weights, args.seed)
-    model = build_sd(weights, config.model, args.dtype, ExtraParts(vae=args.vae), train_adapter=True)
+    model = build_model(weights, config.model, args.dtype, ExtraParts(vae=args.vae), train_adapter=True)
     stage = STAGES[part](model, dataset, args)
     optimizer = AdamW(stage.parameters, optimizer_config(args))
     run = TrainingRun(args, optimizer, len(dataset), stage.publish, part, group)

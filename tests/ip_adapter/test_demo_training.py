@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from ip_adapter.build import ExtraParts, build_sd
+from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ModelConfig
 from ip_adapter.demo_training import (
     KL_WEIGHT,
@@ -20,7 +20,8 @@ from ip_adapter.demo_training import (
     start_at_zero,
 )
 from ip_adapter.drawn_world import draw, random_scene, training_caption
-from ip_adapter.merge import merge_sd
+from ip_adapter.families import SD15
+from ip_adapter.merge import merge
 from ip_adapter.model_file import network_parameters, save_model
 from ip_adapter.patch import unpatch_cross_attention
 from ip_adapter.standins import MINIATURE
@@ -33,13 +34,13 @@ from tests.conftest import ROOT, arrays
 def bare(standins, tmp_path_factory):
     """Merged stand-ins without an adapter: what every stage begins with."""
     path = tmp_path_factory.mktemp("bare") / "bare.ckpt"
-    merge_sd(**{**standins, "ip_adapter": None, "controlnet": None}, out=path, skip_ip=True)
+    merge(SD15, **{**standins, "ip_adapter": None, "controlnet": None}, out=path, skip_ip=True)
     return path
 
 
 @pytest.fixture
 def model(bare):
-    return build_sd(bare, ModelConfig(), train_adapter=True)
+    return build_model(bare, ModelConfig(), train_adapter=True)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_the_first_unet_passes_its_input_on(tmp_path):
     """Its prediction is zero; the rest is seeded, so two seeds differ."""
     for seed in (0, 1):
         demo_start(tmp_path / f"{seed}.ckpt", seed)
-    unet = build_sd(tmp_path / "0.ckpt", ModelConfig(num_heads=2, image_heads=4), train_adapter=True).diffusion.unet
+    unet = build_model(tmp_path / "0.ckpt", ModelConfig(num_heads=2, image_heads=4), train_adapter=True).diffusion.unet
     unpatch_cross_attention(unet)
     rng = np.random.default_rng(0)
     x, context = (Tensor(rng.standard_normal(s).astype(np.float32)) for s in ((1, 4, 6, 6), (1, 77, 64)))
@@ -174,7 +175,7 @@ def test_every_stage(part, bare, world, tmp_path, outcome):
                         "controlnet": "model", "clip": "embedder"}[part]} | ({"cond_stage_model"} & changed)
     assert ("cond_stage_model" in changed) == (part == "clip")
     extra = ExtraParts(controlnets=[None]) if part == "controlnet" else ExtraParts()
-    assert build_sd(tmp_path / "ckpt" / f"{part}-3.ckpt", ModelConfig(), extra=extra, train_adapter=True)
+    assert build_model(tmp_path / "ckpt" / f"{part}-3.ckpt", ModelConfig(), extra=extra, train_adapter=True)
 
 
 def test_a_mistake_is_one_line(bare, tmp_path, outcome):

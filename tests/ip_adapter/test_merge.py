@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from mindspore.nn.utils import no_init_parameters
 
-from ip_adapter.build import build_sd
+from ip_adapter.build import build_model
 from ip_adapter.config import ModelConfig
-from ip_adapter.merge import convert_sd, merge_sd
-from ip_adapter.standins import MINIATURE, write_sd_standins
+from ip_adapter.families import SD15
+from ip_adapter.merge import convert, merge
+from ip_adapter.standins import MINIATURE, write_standins
 from ldm.checkpoint import Part, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
 from ldm.modules.controlnet import ControlNet
@@ -38,7 +39,7 @@ def test_merged_names_are_those_of_the_public_layout(fixture, manifest, request)
 
 
 def test_merged_values(merged_control, standins):
-    out, sd, adapter = arrays(merged_control), arrays(standins["sd"]), arrays(standins["ip_adapter"])
+    out, sd, adapter = arrays(merged_control), arrays(standins["base"]), arrays(standins["ip_adapter"])
     encoder, vae = arrays(standins["open_clip_vit"]), arrays(standins["vae"])
     unet = "model.diffusion_model."
     np.testing.assert_array_equal(out[unet + "input_blocks.1.0.in_layers_conv.conv.weight"],
@@ -75,10 +76,10 @@ def test_original_controlnets_merge_to_the_same(merged_control, standins, tmp_pa
     """Those of version 1.1, those with the whole model around them, those without a prefix, and merged ones."""
     original, expected = original_controlnet(standins), arrays(merged_control)
     bare = {name[len("control_model."):]: value for name, value in original.items()}
-    files = {"v11": original, "whole": {**original, **arrays(standins["sd"])}, "bare": bare, "merged": expected}
+    files = {"v11": original, "whole": {**original, **arrays(standins["base"])}, "bare": bare, "merged": expected}
     for name, tensors in files.items():
         save_arrays(tmp_path / f"{name}.safetensors", tensors)
-        merge_sd(**{**standins, "controlnet": tmp_path / f"{name}.safetensors"}, out=tmp_path / "out.ckpt")
+        merge(SD15, **{**standins, "controlnet": tmp_path / f"{name}.safetensors"}, out=tmp_path / "out.ckpt")
         out = arrays(tmp_path / "out.ckpt")
         assert out.keys() == expected.keys()
         for key in out:
@@ -88,22 +89,22 @@ def test_original_controlnets_merge_to_the_same(merged_control, standins, tmp_pa
 def test_without_an_adapter_training_starts_from_the_text_attention(standins, tmp_path):
     out = tmp_path / "train.safetensors"
     files = {key: path for key, path in standins.items() if key not in ("ip_adapter", "controlnet")}
-    merge_sd(**files, ip_adapter=None, out=out, skip_ip=True)
+    merge(SD15, **files, ip_adapter=None, out=out, skip_ip=True)
     tensors = arrays(out)
     assert not [name for name in tensors if "image_proj" in name]
     block = "model.diffusion_model.output_blocks.3.1.transformer_blocks.0.attn2."
     np.testing.assert_array_equal(tensors[block + "to_k_ip.weight"], tensors[block + "to_k.weight"])
     with pytest.raises(CheckpointError, match="holds no IP-Adapter"):
-        build_sd(out, ModelConfig())
+        build_model(out, ModelConfig())
 
 
 def test_converting_first_gives_the_same(merged_control, standins, tmp_path):
     base = tmp_path / "sd_v1.5-d0ab7146.ckpt"
-    convert_sd(standins["sd"], base)
+    convert(standins["base"], base)
     with open_checkpoint(base) as file:
         assert set(file.tensors) == without(manifest_names("sd_v1.5-d0ab7146.ckpt"), *DEEPER)
     out = tmp_path / "merged.ckpt"
-    merge_sd(**{**standins, "sd": base}, out=out)
+    merge(SD15, **{**standins, "base": base}, out=out)
     expected = arrays(merged_control)
     for name, value in arrays(out).items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
@@ -114,31 +115,31 @@ def test_float16_and_a_finetuned_adapter(merged, standins, tmp_path):
     finetuned = tmp_path / "sd-1.ckpt"
     save_arrays(finetuned, {name: value for name, value in whole.items() if "_ip." in name or "image_proj" in name})
     out = tmp_path / "half.ckpt"
-    merge_sd(**{**standins, "ip_adapter": finetuned, "controlnet": None}, out=out, dtype="float16")
+    merge(SD15, **{**standins, "ip_adapter": finetuned, "controlnet": None}, out=out, dtype="float16")
     for name, value in arrays(out).items():
         assert value.dtype == np.float16
         np.testing.assert_array_equal(value, whole[name].astype(np.float16))
 
 
 def test_what_does_not_fit_is_named(standins, tmp_path):
-    other = write_sd_standins(tmp_path / "other", replace(MINIATURE, image=replace(MINIATURE.image, embed_dim=48),
+    other = write_standins(tmp_path / "other", replace(MINIATURE, image=replace(MINIATURE.image, embed_dim=48),
                                                           proj=MINIATURE.proj._replace(embed_dim=48)))
-    wide = write_sd_standins(tmp_path / "wide", replace(MINIATURE, unet=replace(MINIATURE.unet, context_dim=64)))
+    wide = write_standins(tmp_path / "wide", replace(MINIATURE, unet=replace(MINIATURE.unet, context_dim=64)))
     out = tmp_path / "out.ckpt"
     cases = [
         ({"ip_adapter": other["ip_adapter"]}, "trained with an encoder of width 48; the encoder given is of width 32"),
         ({"ip_adapter": standins["vae"]}, "holds no adapter"),
-        ({"sd": standins["vae"]}, "not a whole SD-1.5 model"),
-        ({"open_clip_vit": standins["sd"]}, "holds no image encoder"),
+        ({"base": standins["vae"]}, "not a whole model"),
+        ({"open_clip_vit": standins["base"]}, "holds no image encoder"),
         ({"vae": standins["open_clip_vit"]}, "--vae .*holds no autoencoder; expected that of diffusers"),
         ({"controlnet": standins["vae"]}, "--controlnet .*holds no ControlNet; expected lllyasviel's"),
-        ({"controlnet": standins["sd"]}, "--controlnet .*holds no ControlNet"),
+        ({"controlnet": standins["base"]}, "--controlnet .*holds no ControlNet"),
         ({"controlnet": wide["controlnet"]}, r"is for a UNet of 32 x .* and text of width 64; .* and 128"),
         ({"vae": tmp_path / "absent.safetensors"}, "absent.safetensors"),
     ]
     for change, message in cases:
         with pytest.raises(CheckpointError, match=message):
-            merge_sd(**{**standins, **change}, out=out)
+            merge(SD15, **{**standins, **change}, out=out)
         assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
@@ -149,7 +150,7 @@ def test_damaged_weights_are_refused(standins, tmp_path):
     out = tmp_path / "out.ckpt"
     out.write_bytes(b"the old file")
     with pytest.raises(CheckpointError, match="ip_adapter.5.to_k_ip.weight holds NaN"):
-        merge_sd(**{**standins, "ip_adapter": tmp_path / "nan.safetensors"}, out=out)
+        merge(SD15, **{**standins, "ip_adapter": tmp_path / "nan.safetensors"}, out=out)
     assert out.read_bytes() == b"the old file"
 
 
@@ -158,15 +159,15 @@ def test_plus_adapters_are_not_mistaken_for_plain_ones(standins, tmp_path):
     plus = {name: value for name, value in tensors.items() if not name.startswith("image_proj")}
     save_arrays(tmp_path / "plus.safetensors", {**plus, "image_proj.latents": np.zeros((1, 16, 8), np.float32)})
     with pytest.raises(CheckpointError, match="plus or full-face"):
-        merge_sd(**{**standins, "ip_adapter": tmp_path / "plus.safetensors"}, out=tmp_path / "out.ckpt")
+        merge(SD15, **{**standins, "ip_adapter": tmp_path / "plus.safetensors"}, out=tmp_path / "out.ckpt")
 
 
 def test_a_merged_file_may_be_merged_again(merged_control, standins, tmp_path):
     """With another adapter, and without what it held beyond the base: as a merge of the files it came from."""
-    other = write_sd_standins(tmp_path / "other", MINIATURE, seed=2)["ip_adapter"]
-    for name, sources in (("again", {"sd": merged_control, "vae": None, "open_clip_vit": merged_control}),
+    other = write_standins(tmp_path / "other", MINIATURE, seed=2)["ip_adapter"]
+    for name, sources in (("again", {"base": merged_control, "vae": None, "open_clip_vit": merged_control}),
                           ("first", {})):
-        merge_sd(**{**standins, **sources, "ip_adapter": other, "controlnet": None}, out=tmp_path / f"{name}.ckpt")
+        merge(SD15, **{**standins, **sources, "ip_adapter": other, "controlnet": None}, out=tmp_path / f"{name}.ckpt")
     again, first = arrays(tmp_path / "again.ckpt"), arrays(tmp_path / "first.ckpt")
     assert again.keys() == first.keys()
     for name, value in again.items():

@@ -7,10 +7,10 @@ import pytest
 from mindspore import Tensor
 from PIL import Image
 
-from ip_adapter.build import ExtraParts, build_sd
+from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ModelConfig
 from ip_adapter.preprocess import clip_pixels, hint_pixels, open_image
-from ldm.model import Control, GuidedDenoiser
+from ldm.model import Condition, Control, GuidedDenoiser
 from tests.conftest import DATA, reference
 
 PROMPTS = ["a red circle"]
@@ -19,7 +19,7 @@ NEGATIVE = ["monochrome, lowres, bad anatomy, worst quality, low quality"]
 
 @pytest.fixture(scope="module")
 def model(merged_control):
-    return build_sd(merged_control, ModelConfig(), extra=ExtraParts(controlnets=[None]))
+    return build_model(merged_control, ModelConfig(), extra=ExtraParts(controlnets=[None]))
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,11 @@ def test_unet_with_a_controlnet(model, expected, hint):
     model.set_ip_scale(0.8)
     both = context(expected, 2)
     control = Control(hint, 0.9, {timestep})
-    noise = model.diffusion.denoiser(both[2:], both[:2], 7.5, [control])(latents, timestep).asnumpy()
+    denoise = model.diffusion.denoiser(Condition(both[2:]), Condition(both[:2]), 7.5, [control])
+    noise = denoise(latents, timestep).asnumpy()
     uncond, cond = np.split(expected["unet_control_output"], 2)
     assert_close(noise, uncond + 7.5 * (cond - uncond))
-    without = model.diffusion.denoiser(both[2:], both[:2], 7.5, [control])(latents, timestep - 1).asnumpy()
+    without = denoise(latents, timestep - 1).asnumpy()
     assert np.abs(without - noise).max() > 0.01
 
 
@@ -100,7 +101,7 @@ def test_controlnets_add_up(model, expected, hint):
     controlnet, both = model.diffusion.controlnets[0], context(expected, 2)
     twice = GuidedDenoiser(model.diffusion.unet, [controlnet, controlnet])
     once = GuidedDenoiser(model.diffusion.unet, [controlnet])
-    words = (latents, Tensor(float(timestep), ms.float32), both, Tensor(7.5, ms.float32), both[:, :77])
+    words = (latents, Tensor(float(timestep), ms.float32), both, Tensor(7.5, ms.float32), None, both[:, :77])
     a = twice(*words, Tensor(np.concatenate([hint.asnumpy()] * 2)), Tensor([0.5, 0.25], ms.float32)).asnumpy()
     b = once(*words, hint, Tensor([0.75], ms.float32)).asnumpy()
     assert_close(a, b, 1e-5)
@@ -117,7 +118,7 @@ def test_autoencoder(model, expected):
 def test_guidance_1_is_the_conditional_output(model, expected):
     latents = Tensor(np.load(DATA / "sd_latents.npy"))
     both = context(expected, 2)
-    cond, uncond = both[2:], both[:2]
+    cond, uncond = Condition(both[2:]), Condition(both[:2])
     alone = model.diffusion.denoiser(cond, uncond, 1.0)(latents, 500).asnumpy()
     scale = Tensor(1.0, ms.float32)
     guided = model.diffusion.guided(latents, Tensor(500.0, ms.float32), both, scale).asnumpy()

@@ -65,7 +65,7 @@ def test_the_misspelt_flag_of_the_document_works(flags, outcome):
 
 def test_converting(standins, tmp_path, outcome):
     out = tmp_path / "sd_v1.5-d0ab7146.ckpt"
-    status, said = outcome(CONVERT, "--source", standins["sd"], "--out", out)
+    status, said = outcome(CONVERT, "--source", standins["base"], "--out", out)
     assert status == 0 and out.exists() and f"tensors converted into {out}" in said
     status, said = outcome(CONVERT, "--source", standins["vae"], "--out", tmp_path / "other.ckpt")
     assert status == 2 and "not a whole SD-1.5 model" in said and not (tmp_path / "other.ckpt").exists()
