@@ -4,11 +4,14 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from ip_adapter.standins import write_clip_standin
+from ip_adapter.families import SDXL
+from ip_adapter.image_prompt import ImageProjConfig
+from ip_adapter.standins import MINIATURE, MINIATURE_XL, write_clip_standin, write_standins
 from ldm.checkpoint_file import save_arrays
 from tests.conftest import DATA, ROOT, arrays, shell
 
@@ -26,7 +29,10 @@ DOCUMENT = [
     "--ref_mask assets/inpainting/mask.png --ckpt_path runs/ckpt/sd-2000_full.ckpt --n_samples 4 --strength 0.7",
     "python controlnet_sd.py --img assets/statue.png --control_img assets/structure_controls/depth.png",
     "python controlnet_sd.py --img assets/girl.png --control_img assets/structure_controls/openpose.png",
+    "python image_variation_sdxl.py --img assets/woman.png --prompt 'best quality, high quality, wearing sunglasses "
+    "on the beach' --num_cols 4 --ip_scale 0.6 --seed 43",
 ]
+XL_PICTURES = 4 + 1 + 1 + 3 + 4  # of the page's commands, then of the document's
 PICTURES = {"woman.png": "input.png", "river.png": "input.png", "vermeer.jpg": "input.png", "girl.png": "input.png",
             "statue.png": "input.png", "inpainting/image.png": "input.png", "inpainting/mask.png": "mask.png",
             "structure_controls/depth.png": "hint.png", "structure_controls/openpose.png": "hint.png"}
@@ -36,12 +42,14 @@ SHORT = " --image_size 64 --train_batch_size 2 --max_steps 2 --ms_mode 1"  # or 
 FLAGS = {"train_sd.py": SHORT, "train_demo.py": SHORT.replace("64", "32"), "draw_world.py": " --count 4 --size 64",
          "evaluate.py": " --count 1 --variations 1 --size 64 --sampling_steps 2",
          "evaluate_demo.py": " --count 2 --variations 1 --steps 2 --ms_mode 1", "merge_ckpts_sd.py": "",
-         "convert_checkpoint.py": ""}
+         "merge_ckpts_sdxl.py": "", "convert_checkpoint.py": "",
+         "image_variation_sdxl.py": SMALL + " --config small_xl.yaml",
+         "controlnet_sdxl.py": SMALL + " --config small_xl.yaml"}
 STAGE_FILE = r"(runs/demo_\w+/ckpt/\w+-)\d+\."  # of a stage of the demo's training, which SHORT ends at step 2
 
 
 @pytest.fixture(scope="module")
-def workplace(standins, merged, tmp_path_factory):
+def workplace(standins, standins_xl, merged, tmp_path_factory):
     """A folder as the README asks for it, with small files under the public names."""
     folder = tmp_path_factory.mktemp("workplace")
     models = folder / "checkpoints" / "sd_models"
@@ -60,7 +68,15 @@ def workplace(standins, merged, tmp_path_factory):
     shutil.copy(standins["ip_adapter"], models / "IP-Adapter" / "ip-adapter_sd15_light.safetensors")
     adapter = {name: value for name, value in arrays(merged).items() if "_ip." in name or "image_proj" in name}
     save_arrays(folder / "runs" / "ckpt" / "sd-2000.ckpt", adapter)
-    for script in [ROOT / "tools", *ROOT.glob("*_sd.py")]:
+    xl = folder / "checkpoints" / "sdxl_models"
+    shutil.copytree(standins_xl["base"].parent, xl)
+    sizes = replace(MINIATURE_XL, image=MINIATURE.image, proj=ImageProjConfig(MINIATURE.image.embed_dim, 192))
+    vit_h = write_standins(tmp_path_factory.mktemp("vit-h"), sizes, family=SDXL)["ip_adapter"]
+    shutil.copy(vit_h, xl / "IP-Adapter" / "ip-adapter_sdxl_vit-h.safetensors")
+    # The heads of the small UNet are narrower than SDXL's.
+    config = (ROOT / "configs" / "inference" / "sd_xl_base.yaml").read_text()
+    (folder / "small_xl.yaml").write_text(config.replace("num_head_channels: 64", "num_head_channels: 32"))
+    for script in [ROOT / "tools", *ROOT.glob("*_sd.py"), *ROOT.glob("*_sdxl.py")]:
         (folder / script.name).symlink_to(script)
     return folder
 
@@ -81,6 +97,7 @@ def test_outputs_are_where_the_page_says(workplace):
     runs = sum("_sd.py --img" in command for command in COMMANDS + DOCUMENT)
     assert len(list((workplace / "outputs/demo/SD/samples").glob("*.png"))) == 4 * runs
     assert len(list((workplace / "outputs/demo/SD").glob("canny-*.png"))) == 2
+    assert len(list((workplace / "outputs/demo/SDXL-base-1.0/samples").glob("*.png"))) == XL_PICTURES
     for run in ("runs", "runs/scratch", "runs/two", "runs/demo", "runs/demo_adapter"):
         assert {path.name for path in (workplace / run / "ckpt").iterdir()} >= {"sd-2.ckpt", "sd-2.safetensors"}
     assert (workplace / "outputs/demo/SD/grid-00000.png").exists()

@@ -22,7 +22,7 @@ class _Carrier:
 
 @pytest.fixture
 def flags(standins, tmp_path) -> dict:
-    return {**{f"--{key}": path for key, path in standins.items()}, "--out": tmp_path / "out" / "merged.ckpt"}
+    return {**{f"--{'sd' if key == 'base' else key}": path for key, path in standins.items()}, "--out": tmp_path / "out" / "merged.ckpt"}
 
 
 def words(flags: dict) -> list:
@@ -40,7 +40,7 @@ def test_mistakes(flags, tmp_path, outcome):
         ({"--ip_adapter": tmp_path / "empty.safetensors"}, "empty.safetensors.*empty"),
         ({"--ip_adapter": tmp_path / "evil.bin"}, "evil.bin"),
         ({"--sd": tmp_path / "cut.safetensors"}, "cut.safetensors"),
-        ({"--sd": flags["--ip_adapter"]}, "not a whole SD-1.5 model"),
+        ({"--sd": flags["--ip_adapter"]}, "not a whole model"),
         ({"--out": tmp_path / "merged.bin"}, "merged.bin"),
         ({"--out": tmp_path / "taken" / "merged.ckpt"}, "taken"),
         ({"--dtype": "int8"}, "--dtype"),
@@ -68,4 +68,4 @@ def test_converting(standins, tmp_path, outcome):
     status, said = outcome(CONVERT, "--source", standins["base"], "--out", out)
     assert status == 0 and out.exists() and f"tensors converted into {out}" in said
     status, said = outcome(CONVERT, "--source", standins["vae"], "--out", tmp_path / "other.ckpt")
-    assert status == 2 and "not a whole SD-1.5 model" in said and not (tmp_path / "other.ckpt").exists()
+    assert status == 2 and "not a whole model" in said and not (tmp_path / "other.ckpt").exists()
