@@ -22,7 +22,8 @@ class _Carrier:
 
 @pytest.fixture
 def flags(standins, tmp_path) -> dict:
-    return {**{f"--{'sd' if key == 'base' else key}": path for key, path in standins.items()}, "--out": tmp_path / "out" / "merged.ckpt"}
+    files = {f"--{'sd' if name == 'base' else name}": path for name, path in standins.items()}
+    return {**files, "--out": tmp_path / "out" / "merged.ckpt"}
 
 
 def words(flags: dict) -> list:
