@@ -8,9 +8,9 @@ trap 'rm -rf "$folder"' EXIT
 PYTHONPATH=. "$project" -c "
 import numpy as np, sys
 from pathlib import Path
-from ip_adapter.standins import MINIATURE, write_sd_standins
-write_sd_standins(Path(sys.argv[1]))
-write_sd_standins(Path(sys.argv[1]) / 'second', MINIATURE, seed=1)
+from ip_adapter.standins import MINIATURE, write_standins
+write_standins(Path(sys.argv[1]))
+write_standins(Path(sys.argv[1]) / 'second', MINIATURE, seed=1)
 np.save('tests/data/sd_latents.npy', np.random.default_rng(7).standard_normal((2, 4, 9, 13), np.float32))
 " "$folder"
 control=control_v11f1p_sd15_depth/diffusion_pytorch_model.safetensors
