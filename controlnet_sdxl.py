@@ -9,6 +9,7 @@ from gm.discretizer import discretize
 from gm.guider import guidance
 from gm.sampler import SAMPLERS
 from ip_adapter.cli import INFERENCE_SDXL, add_edm_flags, config_from, execute, inference_parser, start
+from ip_adapter.families import SDXL
 from ip_adapter.inputs import open_inputs
 from ip_adapter.run import open_run
 
@@ -16,19 +17,20 @@ from ip_adapter.run import open_run
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, make the pictures."""
     version, config = config_from(argv, versions=INFERENCE_SDXL)
-    parser = inference_parser(__doc__, version, config, controlled=True, versions=INFERENCE_SDXL)
+    parser = inference_parser(__doc__, version, config, controlled=True, family=SDXL)
     add_edm_flags(parser, config)
     args = parser.parse_args(argv)
     start(args)
 
     inputs, args.scale = open_inputs(args), guidance(args.guider, args.scale)
-    sigmas = discretize(args.discretization, args.sampling_steps)
+    schedule = config.model.schedule()
+    sigmas = discretize(args.discretization, args.sampling_steps, schedule=schedule)
     run, model = open_run(args, config, inputs)
 
     def sample(denoise, batch):
         return SAMPLERS[args.sampler](denoise, starting_noise(batch.noise, sigmas[0]), sigmas, batch.fresh_noise)
 
-    run.make(model, inputs, timesteps_of(sigmas[:-1]), sample)
+    run.make(model, inputs, timesteps_of(sigmas[:-1], schedule), sample)
 
 
 if __name__ == "__main__":

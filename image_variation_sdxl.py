@@ -20,6 +20,7 @@ from ip_adapter.cli import (
     inference_parser,
     start,
 )
+from ip_adapter.families import SDXL
 from ip_adapter.inputs import open_inputs
 from ip_adapter.reference import Reference
 from ip_adapter.run import open_run
@@ -29,7 +30,7 @@ from ldm.errors import UserError
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, make the pictures."""
     version, config = config_from(argv, versions=INFERENCE_SDXL)
-    parser = inference_parser(__doc__, version, config, versions=INFERENCE_SDXL)
+    parser = inference_parser(__doc__, version, config, family=SDXL)
     add_edm_flags(parser, config)
     parser.add_argument("--ref_img", type=existing_file, help="a picture to change; its size is that of the output")
     parser.add_argument("--ref_mask", type=existing_file, help="what of it to repaint: white; black is kept")
@@ -45,7 +46,8 @@ def main(argv: list | None = None) -> None:
         args.strength = 0.7 if args.ref_mask else 0.6
 
     inputs, args.scale = open_inputs(args), guidance(args.guider, args.scale)
-    sigmas = discretize(args.discretization, args.sampling_steps, 1.0 if args.ref_img is None else args.strength)
+    strength, schedule = 1.0 if args.ref_img is None else args.strength, config.model.schedule()
+    sigmas = discretize(args.discretization, args.sampling_steps, strength, schedule)
     run, model = open_run(args, config, inputs)
     reference = Reference(model, inputs, args, add_noise)
 
@@ -53,7 +55,7 @@ def main(argv: list | None = None) -> None:
         x = reference.start(batch.noise, sigmas[0], starting_noise(batch.noise, sigmas[0]))
         return SAMPLERS[args.sampler](denoise, x, sigmas, batch.fresh_noise, reference.keep(batch.noise))
 
-    run.make(model, inputs, timesteps_of(sigmas[:-1]), sample, reference.finish)
+    run.make(model, inputs, timesteps_of(sigmas[:-1], schedule), sample, reference.finish)
 
 
 if __name__ == "__main__":

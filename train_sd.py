@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ip_adapter.adapter_file import adapter_parameters, save_adapter
 from ip_adapter.build import build_model
-from ip_adapter.cli import TRAINING_SD, config_from, execute, first_existing, start_training, training_parser
+from ip_adapter.cli import config_from, execute, first_existing
 from ip_adapter.config import TrainingConfig
 from ip_adapter.dataset import Batch, ImageTextDataset, Loader, Stream, draws, samples_of, stack
 from ip_adapter.feature_cache import FeatureBatch, FeatureCache
 from ip_adapter.features import FrozenEncoders, training_inputs
 from ip_adapter.training import AdamW, NoisePredictionLoss, TrainStep
+from ip_adapter.training_cli import TRAINING_SD, start_training, training_parser
 from ip_adapter.training_run import TrainingRun, optimizer_config
 from ip_adapter.validation import Validation
 

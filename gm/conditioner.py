@@ -5,7 +5,6 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 from mindspore import Tensor, ops
-from mindspore import dtype as mstype
 
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.layers import timestep_embedding
@@ -50,4 +49,4 @@ class Conditioner:
         """B texts -> (B, 77, D) states before the last layer of both, side by side, and (B, E) pooled; float32."""
         states = [encoder(Tensor(tokenizer(texts)))[1:]
                   for encoder, tokenizer in zip(self.text_encoders, self.tokenizers)]
-        return ops.concat([before_last for before_last, _ in states], -1), states[-1][1].astype(mstype.float32)
+        return ops.concat([before_last for before_last, _ in states], -1), states[-1][1]

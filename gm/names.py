@@ -5,6 +5,7 @@ from ldm.checkpoint import Layout
 from ldm.names import (
     CONTROLNET_PREFIX,
     HUGGING_FACE_BLOCKS,
+    HUGGING_FACE_LAYERS,
     HUGGING_FACE_QKV,
     HUGGING_FACE_TEXT,
     TORCH_BUFFERS,
@@ -16,9 +17,8 @@ UNET_SDXL = Layout(UNET_TORCH.prefix)
 CONTROLNET_SDXL = Layout(CONTROLNET_PREFIX)
 
 _TABLES = ((r"_embedding\.weight$", "_embedding.embedding_table"),)
-_BLOCKS = HUGGING_FACE_BLOCKS[: -len(TORCH_NORMS)]
 _CLIP_L = "conditioner.embedders.0.transformer.text_model."
-TEXT_L_SDXL = Layout(_CLIP_L, HUGGING_FACE_TEXT + _BLOCKS + _TABLES, stacked=HUGGING_FACE_QKV)
+TEXT_L_SDXL = Layout(_CLIP_L, HUGGING_FACE_TEXT + HUGGING_FACE_LAYERS + _TABLES, stacked=HUGGING_FACE_QKV)
 TEXT_L_TORCH = Layout(_CLIP_L, HUGGING_FACE_TEXT + HUGGING_FACE_BLOCKS, stacked=HUGGING_FACE_QKV, ignored=TORCH_BUFFERS)
 
 _BIG_G = "conditioner.embedders.1.model."

@@ -15,14 +15,13 @@ from PIL import Image
 
 from gm.model import DiffusionEngine
 from ip_adapter.config import ModelConfig
-from ip_adapter.families import FAMILIES, SDXL, Family
+from ip_adapter.families import SD15, SDXL, Family, family_of
 from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel, IPAdapterImageEmbedder, start_image_proj
 from ip_adapter.inputs import Hint
 from ip_adapter.names import IMAGE_ATTENTION, TEXT_ONLY
 from ip_adapter.parts import ModelSizes, controlnet_part, find_adapter, merged_sizes, vae_part
 from ip_adapter.patch import patch_cross_attention, set_ip_scale
 from ip_adapter.preprocess import clip_pixels, hint_pixels
-from ldm.architecture import is_sdxl
 from ldm.checkpoint import Part, check, load, parameter_shapes
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint
 from ldm.device import DTYPES
@@ -31,7 +30,6 @@ from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPImageTransformer, CLIPTextTransformer
 from ldm.modules.unet import UNetModel
 from ldm.names import CONTROLNET_PREFIX
-from ldm.schedule import NoiseSchedule
 
 
 @dataclass
@@ -69,13 +67,17 @@ class ImagePromptModel:
                                for text, its_tokens in zip(texts, tokens)))
         return pairs
 
+    def release_encoders(self) -> None:
+        """Give the memory of the text and image encoders back; nothing can be encoded after this."""
+        self.diffusion.text_encoders.clear()
+        self.embedder.image_encoder = None
+        gc.collect()
+
     def start_denoising(self) -> None:
         """Let the encoders leave memory, and read what a staged model has not read yet: UNet, autoencoder, the rest."""
         if self.load_rest is None:
             return
-        self.diffusion.text_encoders.clear()
-        self.embedder.image_encoder = None
-        gc.collect()
+        self.release_encoders()
         self.load_rest()
         self.load_rest = None
 
@@ -110,7 +112,7 @@ class ExtraParts:
 
 
 def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: ExtraParts = ExtraParts(),
-                train_adapter: bool = False, staged: bool = False) -> ImagePromptModel:
+                train_adapter: bool = False, staged: bool = False, family: Family = SD15) -> ImagePromptModel:
     """Build a model with its IP-Adapter and ControlNets; peak memory is the networks and one tensor.
 
     Args:
@@ -122,11 +124,12 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
             with --skip_ip).
         staged: everything is checked, but only what makes conditions is read; `ImagePromptModel.start_denoising`
             reads the rest, so that the encoders and the UNet are never in memory together.
+        family: of the model.
 
     Raises:
         CheckpointError: a file does not hold exactly what is needed.
     """
-    family, kind = FAMILIES[config.family], DTYPES[dtype]
+    kind = DTYPES[dtype]
     adapter_kind = DTYPES["float32"] if train_adapter else kind
     vae_kind = DTYPES["float32"] if family.float32_vae else kind
     with ExitStack() as stack:
@@ -137,7 +140,7 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
         sizes = merged_sizes(base.tensors, family, config)
         adapter = opened(extra.ip_adapter) if extra.ip_adapter else base
         fresh = train_adapter and adapter is base and sizes.proj is None
-        if sizes.absent() or is_sdxl(base.tensors) != (family is SDXL) or adapter is base and not (fresh or sizes.proj):
+        if sizes.absent() or family_of(base.tensors) is not family or adapter is base and not (fresh or sizes.proj):
             raise CheckpointError(f"{path}: {why_incomplete(base.tensors, sizes, family)}")
         with no_init_parameters():
             unet = UNetModel(sizes.unet, kind)
@@ -180,14 +183,14 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
                 load(cell, part)
 
     engine = DiffusionEngine if family is SDXL else LatentDiffusion
-    diffusion = engine(unet, vae, texts, NoiseSchedule(config.beta_start, config.beta_end), config.scale_factor,
+    diffusion = engine(unet, vae, texts, config.schedule(), config.scale_factor,
                        [cell for cell, _ in controlnets])
     return ImagePromptModel(family, diffusion, IPAdapterImageEmbedder(encoder, proj), load_rest if staged else None)
 
 
 def why_incomplete(tensors: dict, sizes: ModelSizes, family: Family) -> str:
     """One line on a file in which a part of a model with its adapter was not found."""
-    if is_sdxl(tensors) and family is not SDXL:
+    if family is SD15 and family_of(tensors) is SDXL:
         return "is an SDXL checkpoint, expected SD-1.5; use image_variation_sdxl.py"
     if family is SDXL and any(name.startswith("cond_stage_model.") for name in tensors):
         return "is an SD-1.5 checkpoint, expected SDXL; use image_variation_sd.py"

@@ -1,4 +1,4 @@
-"""Command lines: the flags scripts share, start-up, and errors as one line with exit status 2."""
+"""Command lines: the flags inference scripts share, start-up, and errors as one line with exit status 2."""
 from __future__ import annotations
 
 import argparse
@@ -6,7 +6,6 @@ import difflib
 import logging
 import math
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Callable
 
@@ -14,18 +13,18 @@ from gm.discretizer import DISCRETIZATIONS
 from gm.guider import GUIDERS
 from gm.sampler import SAMPLERS
 from ip_adapter.build import ExtraParts
-from ip_adapter.config import ROOT, InferenceConfig, TrainingConfig, load_config
-from ip_adapter.families import FAMILIES
+from ip_adapter.config import ROOT, InferenceConfig, load_config
+from ip_adapter.families import SD15, SDXL, Family
 from ip_adapter.inputs import MAX_SIZE
 from ldm.device import default_dtype, start_device
 from ldm.errors import UserError
-from ldm.parallel import Group, join, leave
+from ldm.parallel import leave
 
 # Configuration files by --version.
 INFERENCE_SD = {"1.5": "inference/sd_v15.yaml", "demo": "inference/sd_demo.yaml"}
 INFERENCE_SDXL = {"xl": "inference/sd_xl_base.yaml"}
-TRAINING_SD = {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "training/sd_demo_finetune.yaml"}
-TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in ("vae", "decoder", "clip", "unet", "controlnet")}
+# Those of a family.
+INFERENCE = {SD15.name: INFERENCE_SD, SDXL.name: INFERENCE_SDXL}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -161,7 +160,7 @@ def add_picture(parser: argparse.ArgumentParser, flag: str, default: str, text: 
 
 
 def inference_parser(description: str, version: str, config: InferenceConfig, controlled: bool = False,
-                     versions: dict = INFERENCE_SD) -> Parser:
+                     family: Family = SD15) -> Parser:
     """The flags all inference scripts share, with their defaults from `config`; scripts add their own.
 
     Args:
@@ -169,10 +168,11 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
         version: the name of the model.
         config: the defaults.
         controlled: whether a ControlNet is what the script is for, not an addition.
-        versions: as `config_from`.
+        family: of the model.
     """
     s, parser = config.sampling, Parser(description)
-    parser.set_defaults(default_samples=s.n_samples, default_size=(s.W, s.H), default_control_scale=s.control_scale)
+    parser.set_defaults(family=family, default_samples=s.n_samples, default_size=(s.W, s.H),
+                        default_control_scale=s.control_scale)
     add = parser.add_argument
     add_picture(parser, "--img", config.img, "the picture that serves as a prompt")
     add("--prompt", default=s.prompt, help="what the picture should show")
@@ -194,7 +194,7 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
     add("--n_iter", "--num_trials", type=in_range(int, 1, 100000), default=s.n_iter, help="trials for each prompt")
     add("--latents", type=existing_file, help=".npy with the starting noise (n, 4, H/8, W/8) float32 of unit "
                                               "variance, instead of the seeded one")
-    add_config_flags(parser, version, versions)
+    add_config_flags(parser, version, INFERENCE[family.name])
     add("--ckpt_path", "--weight", type=existing_file,
         help=f"merged checkpoint (default: {' or '.join(config.ckpt_path)})")
     add("--ip_adapter", "--ip_adpater", type=existing_file,
@@ -257,37 +257,6 @@ def add_control_flags(parser: Parser, config: InferenceConfig, required: bool) -
     parser.set_defaults(default_hints=[ROOT / default] if default else [])
 
 
-LIMITS = {  # of numbers among the training settings; all others start at 0
-    "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
-    "epochs": (1, 10**9), "num_workers": (1, 256), "ckpt_save_interval": (1, 10**9), "beta1": (0, 0.9999999),
-    "beta2": (0, 0.9999999), "ema_decay": (0, 0.9999999), "drop_image_prob": (0, 1), "drop_text_prob": (0, 1),
-    "drop_both_prob": (0, 1), "validation_count": (1, 100), "validation_steps": (1, 1000),
-    "init_loss_scale": (1, 2**31), "loss_scale_factor": (1, 1024),
-}
-
-
-def training_parser(description: str, version: str, config: TrainingConfig, versions: dict,
-                    flag: str = "--version") -> Parser:
-    """The flags training scripts share: one for each setting of `config`, and where and how to run."""
-    parser = Parser(description)
-    for setting in fields(config):
-        if "help" not in setting.metadata:
-            continue
-        default = getattr(config, setting.name)
-        kinds = {"image_size": multiple_of_8, "scheduler": one_of("constant", "cosine"), bool: boolean, str: str}
-        kind = kinds.get(setting.name) or kinds.get(type(default)) or in_range(
-            type(default), *LIMITS.get(setting.name, (0, 2**63)))
-        aliases = {"output_path": ["--save_path"], "train_batch_size": ["--per_batch_size"]}.get(setting.name, [])
-        parser.add_argument(f"--{setting.name}", *aliases, type=kind, default=default, help=setting.metadata["help"],
-                            required=setting.name == "data_path" and not default)
-    parser.add_argument("--resume", type=lambda text: boolean(text) if text.lower() in ("true", "false") else text,
-                        default=False, help="go on where a run stopped: True for the last state in the output folder, "
-                                            "or the path of a state")
-    add_config_flags(parser, version, versions, flag)
-    add_device_flags(parser, "0")
-    return parser
-
-
 def extra_parts(args: argparse.Namespace) -> ExtraParts:
     """The files that stand in for parts of the checkpoint, a ControlNet for each hint.
 
@@ -304,7 +273,7 @@ def extra_parts(args: argparse.Namespace) -> ExtraParts:
     return ExtraParts(args.ip_adapter, args.vae, [None] * (hints - files) + args.controlnet)
 
 
-def default_weights(args: argparse.Namespace, config: InferenceConfig) -> Path:
+def default_weights(args: argparse.Namespace, config: InferenceConfig, family: Family = SD15) -> Path:
     """The checkpoint to load: the flag's, else the first default that exists.
 
     Raises:
@@ -313,7 +282,7 @@ def default_weights(args: argparse.Namespace, config: InferenceConfig) -> Path:
     if args.ckpt_path:
         return args.ckpt_path
     return first_existing(config.ckpt_path, "--ckpt_path",
-                          f"make it with {FAMILIES[config.model.family].tool} or try --version demo")
+                          f"make it with {family.tool} or try --version demo")
 
 
 def first_existing(paths, flag: str, advice: str = "name another") -> Path:
@@ -341,29 +310,6 @@ def start(args: argparse.Namespace) -> None:
     args.control_image = args.control_image or args.default_hints  # argparse would append to a default
     if getattr(args, "mask_blur", 0) and not args.paste_original:
         raise UserError("--mask_blur softens the edge of the kept pixels, so it needs --paste_original True")
-
-
-def start_training(args: argparse.Namespace) -> Group:
-    """Set up logging, device and mode of a training, check settings that depend on each other, meet other processes.
-
-    Returns:
-        This process' place among those that train together.
-
-    Raises:
-        UserError: settings that do not fit together.
-    """
-    if args.cache_dir and args.random_crop:
-        raise UserError("--random_crop True changes a picture every time, so --cache_dir cannot keep its features; "
-                        "leave one of them out")
-    if args.drop_image_prob + args.drop_text_prob + args.drop_both_prob > 1:
-        raise UserError("--drop_image_prob, --drop_text_prob and --drop_both_prob add up to more than 1")
-    start_logging(args.log_level)
-    start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
-    args.dtype = args.dtype or default_dtype()
-    group = join() if args.is_parallel else Group()
-    if group.rank:
-        logging.getLogger().setLevel("ERROR")  # rank 0 speaks for all
-    return group
 
 
 def execute(main: Callable[[], None]) -> None:

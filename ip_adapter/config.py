@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import UserError
+from ldm.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +22,6 @@ class ModelConfig:
     """What the tensors of a checkpoint do not tell.
 
     Attributes:
-        family: of the model, one of `ip_adapter.families.FAMILIES`.
         num_heads: heads of every UNet attention, or -1.
         num_head_channels: channels of one head, or -1 if `num_heads` counts.
         image_heads: heads of the image encoder.
@@ -30,13 +30,16 @@ class ModelConfig:
         beta_end: beta of timestep 999.
     """
 
-    family: str = "SD-1.5"
     num_heads: int = 8
     num_head_channels: int = -1
     image_heads: int = 16
     scale_factor: float = 0.18215
     beta_start: float = 0.00085
     beta_end: float = 0.012
+
+    def schedule(self) -> NoiseSchedule:
+        """The noise the model was trained with."""
+        return NoiseSchedule(self.beta_start, self.beta_end)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gm.names import CONTROLNET_SDXL, TEXT_G_SDXL, TEXT_G_TORCH, TEXT_L_SDXL, TEXT_L_TORCH, UNET_SDXL
 from ip_adapter.names import IMAGE_ATTENTION, image_encoder_mindspore, image_proj_mindspore
+from ldm.architecture import is_sdxl
 from ldm.checkpoint import Layout
 from ldm.names import (
     CONTROLNET_PREFIX,
@@ -88,4 +89,8 @@ SDXL = Family(
     tool="tools/merge_ckpts_sdxl.py",
     adapter="ip-adapter_sdxl.safetensors or a finetuned SDXL-base-1.0-N_ip_only.ckpt",
     controlnets="one of diffusers' for SDXL, such as controlnet-depth-sdxl-1.0")
-FAMILIES = {family.name: family for family in (SD15, SDXL)}
+
+
+def family_of(tensors: dict) -> Family:
+    """The family of a whole model, or of what might be one."""
+    return SDXL if is_sdxl(tensors) else SD15

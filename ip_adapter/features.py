@@ -4,7 +4,6 @@ Features are float16, also when the networks run in float32: a run that keeps th
 """
 from __future__ import annotations
 
-import gc
 import hashlib
 from typing import NamedTuple
 
@@ -56,10 +55,9 @@ class FrozenEncoders:
 
     def release(self, keep_vae: bool = False) -> None:
         """Give the memory of the encoders back; nothing but `empty_text` can be asked for after this."""
-        self.model.diffusion.text_encoders, self.model.embedder.image_encoder = [], None
         if not keep_vae:  # validation pictures have to be decoded
             self.model.diffusion.vae = None
-        gc.collect()
+        self.model.release_encoders()
 
     def features(self, pixels: np.ndarray, clip_pixels: np.ndarray, texts: list) -> Features:
         """Encode a batch.

@@ -10,13 +10,13 @@ from pathlib import Path
 from mindspore.nn.utils import no_init_parameters
 from tqdm import tqdm
 
-from ip_adapter.families import FAMILIES, SD15, SDXL, Family
+from ip_adapter.families import Family, family_of
 from ip_adapter.image_prompt import ImageProjModel
 from ip_adapter.names import IMAGE_ATTENTION, TEXT_ONLY
 from ip_adapter.parts import controlnet_part, find_adapter, image_encoder_part, vae_part
 from ip_adapter.patch import patch_cross_attention
 from ip_adapter.pictures import write_sha256
-from ldm.architecture import autoencoder_config, is_sdxl, text_config, unet_config
+from ldm.architecture import autoencoder_config, text_config, unet_config
 from ldm.checkpoint import Layout, Part, View, best_layout, check, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint, write_checkpoint
 from ldm.modules.autoencoder import AutoencoderKL
@@ -53,11 +53,10 @@ def base_parts(file: CheckpointFile, family: Family, flag: str) -> tuple:
     # Head counts change no shape, so any will do for naming.
     sizes = [unet_config(views[0], num_heads=8), autoencoder_config(views[1])] + [
         text_config(view, activation) for view, activation in zip(views[2:], family.activations)]
-    if None in sizes or is_sdxl(file.tensors) != (family is SDXL):
-        other = next(other for other in FAMILIES.values() if other is not family)
-        whole = is_sdxl(file.tensors) == (other is SDXL) and sizes[0]
-        found = f"an {other.name} file" if whole else "not a whole model"
-        raise CheckpointError(f"{flag} {file.path}: is {found}, expected {family.base}")
+    found = family_of(file.tensors)
+    if None in sizes or found is not family:
+        what = f"an {found.name} file" if found is not family and sizes[0] else "not a whole model"
+        raise CheckpointError(f"{flag} {file.path}: is {what}, expected {family.base}")
     with no_init_parameters():
         unet, autoencoder = UNetModel(sizes[0]), AutoencoderKL(sizes[1])
         texts = [CLIPTextTransformer(size) for size in sizes[2:]]
@@ -145,6 +144,6 @@ def convert(source, out, dtype: str | None = None) -> int:
         How many tensors were written.
     """
     with open_checkpoint(source) as file:
-        family = SDXL if is_sdxl(file.tensors) else SD15
+        family = family_of(file.tensors)
         _, parts = base_parts(file, family, "--source")
         return write_plan(out, plan_base(parts, family, dtype), "converting")

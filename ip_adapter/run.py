@@ -19,6 +19,7 @@ from ip_adapter import __version__
 from ip_adapter.build import ImagePromptModel, build_model
 from ip_adapter.cli import default_weights, extra_parts
 from ip_adapter.config import InferenceConfig
+from ip_adapter.families import SDXL
 from ip_adapter.inputs import Hint, Inputs
 from ip_adapter.pictures import file_sha256, grid, save_png
 from ldm.errors import UserError
@@ -193,10 +194,10 @@ def open_run(args: argparse.Namespace, config: InferenceConfig, inputs: Inputs) 
     Raises:
         UserError: flags or files do not fit together; nothing large is read before the flags are found good.
     """
-    extra, weights = extra_parts(args), default_weights(args, config)
+    extra, weights = extra_parts(args), default_weights(args, config, args.family)
     run = Run(args, config.name, weights)
-    model = build_model(weights, config.model, args.dtype, extra, staged=True)
-    if hasattr(args, "crop_coords_top"):
+    model = build_model(weights, config.model, args.dtype, extra, staged=True, family=args.family)
+    if args.family is SDXL:
         model.diffusion.sizes = picture_sizes(args)
     run.encode(model, inputs)
     return run, model

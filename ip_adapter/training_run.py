@@ -44,7 +44,7 @@ class TrainingRun:
     next step depends on, `log.csv` and `loss.png`.
 
     Args:
-        args: parsed flags of `ip_adapter.cli.training_parser`.
+        args: parsed flags of `ip_adapter.training_cli.training_parser`.
         optimizer: knows what trains.
         length: samples of the data set.
         publish: (path without suffix, trained arrays) -> writes what users load; returns the paths.

@@ -24,7 +24,7 @@ class Validation:
     What the frozen encoders give is computed once, so they may leave memory afterwards; the autoencoder must stay.
 
     Args:
-        args: parsed flags of `ip_adapter.cli.training_parser`.
+        args: parsed flags of `ip_adapter.training_cli.training_parser`.
         model: the model that is trained.
 
     Raises:

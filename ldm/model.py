@@ -151,9 +151,8 @@ class LatentDiffusion:
         Returns:
             (x, t) -> predicted noise, shaped as x.
         """
-        both = [pair[1] if guidance_scale <= 1 or pair[1] is None else ops.concat(pair, 0)
-                for pair in zip(uncond, cond)]
-        context, y = both
+        context, y = (pair[1] if guidance_scale <= 1 or pair[1] is None else ops.concat(pair, 0)
+                      for pair in zip(uncond, cond))
         scale = Tensor(guidance_scale, ms.float32)
         text = ops.narrow(context, 1, 0, self.context_length)
         hints = ops.concat([control.hint for control in controls], 0) if controls else None

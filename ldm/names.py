@@ -102,12 +102,13 @@ TEXT_SD15 = Layout("cond_stage_model.transformer.", (
     (r"\.mlp\.", "."),
 ))
 # Hugging Face's CLIP names, for text and image encoders alike.
-HUGGING_FACE_BLOCKS = (
+HUGGING_FACE_LAYERS = (
     (r"transformer\.resblocks\.", "encoder.layers."),
     (r"\.ln_([12])\.", r".layer_norm\1."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."), (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn\.", ".self_attn."),
-) + TORCH_NORMS
+)
+HUGGING_FACE_BLOCKS = HUGGING_FACE_LAYERS + TORCH_NORMS
 HUGGING_FACE_QKV = (r"\.in_proj\.", (".q_proj.", ".k_proj.", ".v_proj."))
 HUGGING_FACE_TEXT = (
     (r"^token_embedding$", "embeddings.token_embedding.weight"),

@@ -90,8 +90,9 @@ def test_controlnet(words, tmp_path, outcome, standins_xl):
 def test_parts_are_read_when_they_are_needed(merged_xl):
     config = load_config(InferenceConfig, CONFIG).model
     config.num_head_channels = 32
-    whole = build_model(merged_xl, config, extra=ExtraParts(controlnets=[None]))
-    staged = build_model(merged_xl, config, extra=ExtraParts(controlnets=[None]), staged=True)
+    whole = build_model(merged_xl, config, extra=ExtraParts(controlnets=[None]), family=SDXL)
+    staged = build_model(merged_xl, config, extra=ExtraParts(controlnets=[None]), staged=True,
+                         family=SDXL)
     image = Image.open(DATA / "input.png").convert("RGB")
     for a, b in zip(*(model.conditions(image, [("a", "b")])[0] for model in (whole, staged))):
         np.testing.assert_array_equal(a.context.asnumpy(), b.context.asnumpy())

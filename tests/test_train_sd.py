@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 import image_variation_sd
-from ip_adapter.cli import TRAINING_SD, config_from, training_parser
+from ip_adapter.cli import config_from
 from ip_adapter.config import TrainingConfig
 from ip_adapter.drawn_world import caption, draw, random_scene
 from ip_adapter.families import SD15
 from ip_adapter.merge import merge
+from ip_adapter.training_cli import TRAINING_SD, training_parser
 from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures, psnr
 from train_sd import main
 

@@ -10,19 +10,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
 from ip_adapter.build import ExtraParts, build_model  # noqa: E402
-from ip_adapter.cli import (  # noqa: E402
-    TRAINING_DEMO,
-    config_from,
-    execute,
-    existing_file,
-    first_existing,
-    start_training,
-    training_parser,
-)
+from ip_adapter.cli import config_from, execute, existing_file, first_existing  # noqa: E402
 from ip_adapter.config import TrainingConfig  # noqa: E402
 from ip_adapter.dataset import ImageTextDataset, Loader, Stream  # noqa: E402
 from ip_adapter.demo_training import STAGES, demo_start  # noqa: E402
 from ip_adapter.training import AdamW, TrainStep  # noqa: E402
+from ip_adapter.training_cli import TRAINING_DEMO, start_training, training_parser  # noqa: E402
 from ip_adapter.training_run import TrainingRun, optimizer_config  # noqa: E402
 
 

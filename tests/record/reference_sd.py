@@ -201,16 +201,19 @@ def load_unet(path: str, dtype: torch.dtype) -> UNet2DConditionModel:
     return fill(UNet2DConditionModel, config, weights, dtype)
 
 
+def hint_config(weights: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Read the sizes of a ControlNet's hint embedding off its weights."""
+    hint = "controlnet_cond_embedding"
+    pairs = count(weights, f"{hint}.blocks.{{}}.bias") // 2  # the second convolution of each widens
+    names = [f"{hint}.conv_in.bias", *(f"{hint}.blocks.{2 * i + 1}.bias" for i in range(pairs))]
+    return {"conditioning_channels": weights[f"{hint}.conv_in.weight"].shape[1],
+            "conditioning_embedding_out_channels": [len(weights[name]) for name in names]}
+
+
 def load_controlnet(path: str, dtype: torch.dtype) -> ControlNetModel:
     """Load a ControlNet in the layout of diffusers."""
     weights = read(path)
-    hint = "controlnet_cond_embedding"
-    pairs = count(weights, f"{hint}.blocks.{{}}.bias") // 2  # the second convolution of each widens
-    config = encoder_config(weights)
-    config["conditioning_channels"] = weights[f"{hint}.conv_in.weight"].shape[1]
-    names = [f"{hint}.conv_in.bias", *(f"{hint}.blocks.{2 * i + 1}.bias" for i in range(pairs))]
-    config["conditioning_embedding_out_channels"] = [len(weights[name]) for name in names]
-    return fill(ControlNetModel, config, weights, dtype)
+    return fill(ControlNetModel, {**encoder_config(weights), **hint_config(weights)}, weights, dtype)
 
 
 def load_vae(sd: str, vae: str | None, dtype: torch.dtype) -> AutoencoderKL:
@@ -237,20 +240,26 @@ def load_vae(sd: str, vae: str | None, dtype: torch.dtype) -> AutoencoderKL:
     return fill(AutoencoderKL, config, weights, dtype)
 
 
-def load_text_encoder(path: str, dtype: torch.dtype) -> CLIPTextModel:
-    """Load the text encoder of an original SD-1.5 file."""
-    weights = ldm.convert_ldm_clip_checkpoint(read(path, "cond_stage_model."))
-    weights = {name.removeprefix("text_model."): value for name, value in weights.items()}
+def text_config(weights: dict[str, torch.Tensor], activation: str, **more: object) -> CLIPTextConfig:
+    """Read the sizes of a text encoder off its weights, named as in transformers."""
     vocabulary, width = weights["embeddings.token_embedding.weight"].shape
-    config = CLIPTextConfig(
+    return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=len(weights["encoder.layers.0.mlp.fc1.bias"]),
         num_hidden_layers=count(weights, "encoder.layers.{}.mlp.fc1.bias"),
         num_attention_heads=max(1, width // 64),
         max_position_embeddings=len(weights["embeddings.position_embedding.weight"]),
-        hidden_act="quick_gelu",
+        hidden_act=activation,
+        **more,
     )
+
+
+def load_text_encoder(path: str, dtype: torch.dtype) -> CLIPTextModel:
+    """Load the text encoder of an original SD-1.5 file."""
+    weights = ldm.convert_ldm_clip_checkpoint(read(path, "cond_stage_model."))
+    weights = {name.removeprefix("text_model."): value for name, value in weights.items()}
+    config = text_config(weights, "quick_gelu")
     return fill(CLIPTextModel, config, weights, dtype)
 
 
@@ -288,6 +297,16 @@ def pipeline_class(args: argparse.Namespace) -> type[DiffusionPipeline]:
     return PIPELINES[task][bool(args.controlnet)]
 
 
+def load_adapter(pipe: DiffusionPipeline, path: str, scale: float, dtype: torch.dtype) -> None:
+    """Hand a published adapter to diffusers' own loader."""
+    adapter = {"image_proj": {}, "ip_adapter": {}}
+    for name, value in read(path).items():
+        group, name = name.split(".", 1)
+        adapter[group][name] = value.to(dtype)
+    pipe.load_ip_adapter(adapter, subfolder=None, weight_name=None, image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(scale)
+
+
 def build_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
     """Load all networks and hand the adapter to diffusers' own loader."""
     dtype = getattr(torch, args.dtype)
@@ -314,12 +333,7 @@ def build_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
         requires_safety_checker=False,
         **({"controlnet": nets} if nets else {}),
     )
-    adapter = {"image_proj": {}, "ip_adapter": {}}
-    for name, value in read(args.ip_adapter).items():
-        group, name = name.split(".", 1)
-        adapter[group][name] = value.to(dtype)
-    pipe.load_ip_adapter(adapter, subfolder=None, weight_name=None, image_encoder_folder=None)
-    pipe.set_ip_adapter_scale(args.ip_scale)
+    load_adapter(pipe, args.ip_adapter, args.ip_scale, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

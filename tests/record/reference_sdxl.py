@@ -31,12 +31,15 @@ from reference_sd import (
     count,
     encoder_config,
     fill,
+    hint_config,
+    load_adapter,
     load_image_encoder,
     load_tokenizer,
     load_vae,
     read,
+    text_config,
 )
-from transformers import CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTextModelWithProjection
 
 DTYPE = torch.float32
 CLIP_L, BIG_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -93,22 +96,9 @@ def load_unet(path: str, head_channels: int) -> UNet2DConditionModel:
 
 def load_controlnet(path: str, head_channels: int) -> ControlNetModel:
     """A ControlNet of SDXL in the layout of diffusers."""
-    weights, hint = read(path), "controlnet_cond_embedding"
-    pairs = count(weights, f"{hint}.blocks.{{}}.bias") // 2
-    names = [f"{hint}.conv_in.bias", *(f"{hint}.blocks.{2 * i + 1}.bias" for i in range(pairs))]
-    config = network_config(weights, head_channels)
-    config["conditioning_embedding_out_channels"] = [len(weights[name]) for name in names]
+    weights = read(path)
+    config = {**network_config(weights, head_channels), **hint_config(weights)}
     return fill(ControlNetModel, config, weights, DTYPE)
-
-
-def text_config(weights: dict, activation: str, projection: int) -> CLIPTextConfig:
-    """Sizes of a text encoder, read off its weights."""
-    vocabulary, width = weights["embeddings.token_embedding.weight"].shape
-    return CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=len(weights["encoder.layers.0.mlp.fc1.bias"]),
-        num_hidden_layers=count(weights, "encoder.layers.{}.mlp.fc1.bias"), num_attention_heads=max(1, width // 64),
-        max_position_embeddings=len(weights["embeddings.position_embedding.weight"]), hidden_act=activation,
-        projection_dim=projection)
 
 
 def load_text_encoders(path: str) -> tuple:
@@ -125,8 +115,8 @@ def load_text_encoders(path: str) -> tuple:
         elif name not in ("logit_scale", "text_projection"):
             large[name] = value
     projection = read(path, BIG_G + "text_projection")[BIG_G + "text_projection"]
-    first = fill(CLIPTextModel, text_config(small, "quick_gelu", 1), small, DTYPE)
-    config = text_config(large, "gelu", projection.shape[1])
+    first = fill(CLIPTextModel, text_config(small, "quick_gelu"), small, DTYPE)
+    config = text_config(large, "gelu", projection_dim=projection.shape[1])
     named = {f"text_model.{name}": value for name, value in large.items()}
     named["text_projection.weight"] = projection.T.contiguous()
     return first, fill(CLIPTextModelWithProjection, config, named, DTYPE)
@@ -149,12 +139,7 @@ def build_pipeline(args: argparse.Namespace) -> StableDiffusionXLPipeline:
                 unet=load_unet(args.base, args.head_channels), scheduler=scheduler, image_encoder=image_encoder,
                 feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size),
                 force_zeros_for_empty_prompt=False, add_watermarker=False, **more)
-    adapter = {"image_proj": {}, "ip_adapter": {}}
-    for name, value in read(args.ip_adapter).items():
-        group, name = name.split(".", 1)
-        adapter[group][name] = value.to(DTYPE)
-    pipe.load_ip_adapter(adapter, subfolder=None, weight_name=None, image_encoder_folder=None)
-    pipe.set_ip_adapter_scale(args.ip_scale)
+    load_adapter(pipe, args.ip_adapter, args.ip_scale, DTYPE)
     return pipe
 
 

@@ -1,0 +1,78 @@
+"""Command lines of the training scripts: one flag for each setting of a configuration, and start-up."""
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import fields
+
+from ip_adapter.cli import (
+    Parser,
+    add_config_flags,
+    add_device_flags,
+    boolean,
+    in_range,
+    multiple_of_8,
+    one_of,
+    start_logging,
+)
+from ip_adapter.config import TrainingConfig
+from ldm.device import default_dtype, start_device
+from ldm.errors import UserError
+from ldm.parallel import Group, join
+
+# Configuration files by --version, and by --part.
+TRAINING_SD = {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "training/sd_demo_finetune.yaml"}
+TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in ("vae", "decoder", "clip", "unet", "controlnet")}
+
+LIMITS = {  # of numbers among the training settings; all others start at 0
+    "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
+    "epochs": (1, 10**9), "num_workers": (1, 256), "ckpt_save_interval": (1, 10**9), "beta1": (0, 0.9999999),
+    "beta2": (0, 0.9999999), "ema_decay": (0, 0.9999999), "drop_image_prob": (0, 1), "drop_text_prob": (0, 1),
+    "drop_both_prob": (0, 1), "validation_count": (1, 100), "validation_steps": (1, 1000),
+    "init_loss_scale": (1, 2**31), "loss_scale_factor": (1, 1024),
+}
+
+
+def training_parser(description: str, version: str, config: TrainingConfig, versions: dict,
+                    flag: str = "--version") -> Parser:
+    """The flags training scripts share: one for each setting of `config`, and where and how to run."""
+    parser = Parser(description)
+    for setting in fields(config):
+        if "help" not in setting.metadata:
+            continue
+        default = getattr(config, setting.name)
+        kinds = {"image_size": multiple_of_8, "scheduler": one_of("constant", "cosine"), bool: boolean, str: str}
+        kind = kinds.get(setting.name) or kinds.get(type(default)) or in_range(
+            type(default), *LIMITS.get(setting.name, (0, 2**63)))
+        aliases = {"output_path": ["--save_path"], "train_batch_size": ["--per_batch_size"]}.get(setting.name, [])
+        parser.add_argument(f"--{setting.name}", *aliases, type=kind, default=default, help=setting.metadata["help"],
+                            required=setting.name == "data_path" and not default)
+    parser.add_argument("--resume", type=lambda text: boolean(text) if text.lower() in ("true", "false") else text,
+                        default=False, help="go on where a run stopped: True for the last state in the output folder, "
+                                            "or the path of a state")
+    add_config_flags(parser, version, versions, flag)
+    add_device_flags(parser, "0")
+    return parser
+
+
+def start_training(args: argparse.Namespace) -> Group:
+    """Set up logging, device and mode of a training, check settings that depend on each other, meet other processes.
+
+    Returns:
+        This process' place among those that train together.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+    if args.cache_dir and args.random_crop:
+        raise UserError("--random_crop True changes a picture every time, so --cache_dir cannot keep its features; "
+                        "leave one of them out")
+    if args.drop_image_prob + args.drop_text_prob + args.drop_both_prob > 1:
+        raise UserError("--drop_image_prob, --drop_text_prob and --drop_both_prob add up to more than 1")
+    start_logging(args.log_level)
+    start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
+    args.dtype = args.dtype or default_dtype()
+    group = join() if args.is_parallel else Group()
+    if group.rank:
+        logging.getLogger().setLevel("ERROR")  # rank 0 speaks for all
+    return group
