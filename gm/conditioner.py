@@ -27,10 +27,14 @@ class Sizes:
     crop: tuple
     target: tuple
 
-    def embedding(self) -> Tensor:
-        """(1, 6 * 256) float32; arXiv 2307.01952, section 2.2."""
-        numbers = Tensor(np.array(astuple(self), np.float32).ravel())
-        return timestep_embedding(numbers, SIZE_CHANNELS).reshape((1, -1))
+    def numbers(self) -> np.ndarray:
+        """(6,) int64, in the order above."""
+        return np.array(astuple(self), np.int64).ravel()
+
+
+def sizes_embedding(sizes: np.ndarray) -> Tensor:
+    """(B, 6) -> (B, 6 * 256) float32; arXiv 2307.01952, section 2.2."""
+    return timestep_embedding(Tensor(sizes.astype(np.float32).ravel()), SIZE_CHANNELS).reshape((len(sizes), -1))
 
 
 class Conditioner:

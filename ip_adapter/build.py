@@ -58,14 +58,18 @@ class ImagePromptModel:
         Returns:
             For each pair the conditions of both sides of the guidance, of one picture: text tokens, then image tokens.
         """
-        pixels = clip_pixels(image, self.embedder.image_encoder.config.image_size)
-        tokens = self.embedder(Tensor(pixels[None]))
-        pairs = []
-        for pair in prompts:
-            texts = [self.diffusion.condition([text]) for text in pair]
-            pairs.append(tuple(Condition(ops.concat((text.context, its_tokens), 1), text.vector)
-                               for text, its_tokens in zip(texts, tokens)))
-        return pairs
+        embedding = self.embed(image)
+        return [self.with_image([self.diffusion.condition([text]) for text in pair], embedding) for pair in prompts]
+
+    def embed(self, image: Image.Image) -> Tensor:
+        """A picture of any size -> (1, E) float32 image embedding."""
+        encoder = self.embedder.image_encoder
+        return encoder(Tensor(clip_pixels(image, encoder.config.image_size)[None]))
+
+    def with_image(self, texts: list, embedding: Tensor) -> tuple:
+        """Image tokens added to the texts of both sides, of one picture each; the negative one sees no picture."""
+        return tuple(Condition(ops.concat((text.context, tokens), 1), text.vector)
+                     for text, tokens in zip(texts, self.embedder.project(embedding)))
 
     def release_encoders(self) -> None:
         """Give the memory of the text and image encoders back; nothing can be encoded after this."""
@@ -112,7 +116,7 @@ class ExtraParts:
 
 
 def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: ExtraParts = ExtraParts(),
-                train_adapter: bool = False, staged: bool = False, family: Family = SD15) -> ImagePromptModel:
+                train_adapter: bool = False, staged: bool = False, family: Family | None = SD15) -> ImagePromptModel:
     """Build a model with its IP-Adapter and ControlNets; peak memory is the networks and one tensor.
 
     Args:
@@ -124,19 +128,20 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
             with --skip_ip).
         staged: everything is checked, but only what makes conditions is read; `ImagePromptModel.start_denoising`
             reads the rest, so that the encoders and the UNet are never in memory together.
-        family: of the model.
+        family: of the model; None for that of the file.
 
     Raises:
         CheckpointError: a file does not hold exactly what is needed.
     """
     kind = DTYPES[dtype]
     adapter_kind = DTYPES["float32"] if train_adapter else kind
-    vae_kind = DTYPES["float32"] if family.float32_vae else kind
     with ExitStack() as stack:
         def opened(file) -> CheckpointFile:
             return stack.enter_context(open_checkpoint(file))
 
         base = opened(path)
+        family = family or family_of(base.tensors)
+        vae_kind = DTYPES["float32"] if family.float32_vae else kind
         sizes = merged_sizes(base.tensors, family, config)
         adapter = opened(extra.ip_adapter) if extra.ip_adapter else base
         fresh = train_adapter and adapter is base and sizes.proj is None

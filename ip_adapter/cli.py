@@ -23,8 +23,9 @@ from ldm.parallel import leave
 # Configuration files by --version.
 INFERENCE_SD = {"1.5": "inference/sd_v15.yaml", "demo": "inference/sd_demo.yaml"}
 INFERENCE_SDXL = {"xl": "inference/sd_xl_base.yaml"}
-# Those of a family.
+# Those of a family, and for what is made with either.
 INFERENCE = {SD15.name: INFERENCE_SD, SDXL.name: INFERENCE_SDXL}
+EITHER = {**INFERENCE_SD, "xl": INFERENCE_SDXL["xl"]}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -4,7 +4,7 @@ The sizes of networks are not configured: they are read off the checkpoint (`ldm
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Tuple
 
@@ -89,9 +89,9 @@ class InferenceConfig:
     output_path: str = "outputs/demo/SD"
 
 
-def _setting(default, text: str):
-    """A field that is a YAML key and a flag, with the flag's help."""
-    return field(default=default, metadata={"help": text})
+def _setting(default, text: str, *aliases: str):
+    """A field that is a YAML key and a flag, with the flag's help and the other names of both."""
+    return field(default=default, metadata={"help": text, "aliases": aliases})
 
 
 @dataclass
@@ -101,20 +101,27 @@ class TrainingConfig:
     name: str = "SD-1.5"
     model: ModelConfig = field(default_factory=ModelConfig)
     data_path: str = _setting("", "folder with pictures and img_txt.csv (columns dir,text), or the .csv itself")
-    pretrained_model_path: str = _setting("", "merged checkpoint, with an adapter to finetune or without (--skip_ip)")
-    output_path: str = _setting("runs", "folder for checkpoints, log and loss picture")
+    pretrained_model_path: str = _setting("", "merged checkpoint, with an adapter to finetune or without (--skip_ip)",
+                                          "weight")
+    output_path: str = _setting("runs", "folder for checkpoints, log and loss picture; {time} stands for when the "
+                                        "training began", "save_path")
     image_size: int = _setting(512, "side of the square trained on, a multiple of 8")
+    buckets: bool = _setting(False, "instead of squares, sizes near the pictures' own proportions with as many pixels, "
+                                    "one for each batch; a graph is compiled for each")
     random_crop: bool = _setting(False, "draw the place of the square instead of taking the centre")
     max_broken: int = _setting(100, "so many pictures that cannot be read are skipped")
     num_workers: int = _setting(2, "threads that read pictures")
     cache_dir: str = _setting("", "folder for latents, text states and image embeddings, which are then computed once "
                                   "and kept for later runs; the encoders leave memory")
-    train_batch_size: int = _setting(16, "pictures in a batch on each device")
+    recompute: bool = _setting(False, "compute the activations of the UNet's blocks again for the gradients instead of "
+                                      "keeping them: less memory, more time; graph mode only")
+    train_batch_size: int = _setting(16, "pictures in a batch on each device", "per_batch_size")
     gradient_accumulation_steps: int = _setting(1, "batches for one optimizer step")
     epochs: int = _setting(100, "passes over the data")
-    max_steps: int = _setting(2000, "stop after so many optimizer steps if the epochs take more; 0 for no limit")
+    max_steps: int = _setting(2000, "stop after so many optimizer steps if the epochs take more; 0 for no limit",
+                              "total_step")
     seed: int = _setting(42, "of the order of the data, the noise and what is dropped")
-    start_learning_rate: float = _setting(1e-4, "learning rate after the warm-up")
+    start_learning_rate: float = _setting(1e-4, "learning rate after the warm-up", "base_learning_rate")
     end_learning_rate: float = _setting(0.0, "where a cosine schedule ends")
     scheduler: str = _setting("constant", "constant or cosine")
     warmup_steps: int = _setting(0, "optimizer steps over which the learning rate rises")
@@ -131,7 +138,8 @@ class TrainingConfig:
     drop_image_prob: float = _setting(0.05, "share of samples trained without the picture")
     drop_text_prob: float = _setting(0.05, "share of samples trained without the text")
     drop_both_prob: float = _setting(0.05, "share of samples trained without both")
-    ckpt_save_interval: int = _setting(500, "save every so many epochs, or steps with --step_mode True")
+    ckpt_save_interval: int = _setting(500, "save every so many epochs, or steps with --step_mode True",
+                                       "save_ckpt_interval")
     step_mode: bool = _setting(True, "--ckpt_save_interval counts optimizer steps, not epochs")
     validation_interval: int = _setting(0, "write validation pictures every so many optimizer steps; 0 for never")
     validation_data: str = _setting("", "folder with pictures and img_txt.csv to validate on; empty for the training "
@@ -155,8 +163,15 @@ def load_config(schema: type, path) -> object:
     if not Path(path).is_file():
         raise UserError(f"--config {path}: no such file; expected a YAML file such as those in configs/inference")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path))
-        return OmegaConf.to_object(merged)
+        given = OmegaConf.load(path)
+        for setting in fields(schema):
+            for alias in set(given) & set(setting.metadata.get("aliases", ())):
+                if setting.name in given:
+                    raise UserError(f"--config {path}: {alias} and {setting.name} are two names of one setting")
+                given[setting.name] = given.pop(alias)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    except UserError:
+        raise
     except (OmegaConfBaseException, ValueError) as error:
         reason = str(error).strip().splitlines()
         key = getattr(error, "full_key", None)

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class Sample(NamedTuple):
     """One picture with its caption."""
 
-    pixels: np.ndarray  # (3, size, size) float32 in [-1, 1], for the autoencoder
+    pixels: np.ndarray  # (3, height, width) float32 in [-1, 1], for the autoencoder
     clip_pixels: np.ndarray  # (3, 224, 224) float32, the whole picture for CLIP's image encoder
     text: str
     original_size: tuple  # (height, width) in pixels before resizing
@@ -45,11 +45,10 @@ class Batch(NamedTuple):
 
     step: int
     positions: np.ndarray  # (B,) int64, places in the stream: they decide the random numbers, see `draws`
-    pixels: np.ndarray  # (B, 3, size, size) float32 in [-1, 1]
+    pixels: np.ndarray  # (B, 3, height, width) float32 in [-1, 1]
     clip_pixels: np.ndarray  # (B, 3, 224, 224) float32
     texts: list
-    original_sizes: np.ndarray  # (B, 2) int64, height and width
-    crops: np.ndarray  # (B, 2) int64, top and left
+    sizes: np.ndarray  # (B, 6) int32: (height, width) before resizing, (top, left) of the crop, (height, width) of it
     rows: np.ndarray  # (B,) int64, the rows really used
 
 
@@ -135,8 +134,8 @@ class ImageTextDataset:
 
     Args:
         folder: with the pictures and the CSV file, or the path of a .csv file among its pictures.
-        size: side of the square that is trained on, in pixels.
-        random_crop: draw the place of the square instead of taking the centre.
+        size: side of the square that is trained on, in pixels; see `size_of_row` for other shapes.
+        random_crop: draw the place of what is cut out instead of taking the centre.
         max_broken: so many pictures that cannot be read are skipped.
         flag: the flag that named the folder, for messages.
 
@@ -145,7 +144,8 @@ class ImageTextDataset:
     """
 
     def __init__(self, folder, size: int, random_crop: bool = False, max_broken: int = 100, flag: str = "--data_path"):
-        self.size, self.random_crop, self.max_broken, self.flag = size, random_crop, max_broken, flag
+        self.random_crop, self.max_broken, self.flag = random_crop, max_broken, flag
+        self.size_of_row: Callable[[int], tuple] = lambda row: (size, size)  # (height, width) in pixels, as given out
         self.csv = find_csv(Path(folder), flag)
         self._paths, self._texts = read_csv(self.csv, flag)
         self._broken, self._lock = set(), threading.Lock()
@@ -182,15 +182,15 @@ class ImageTextDataset:
         for row in itertools.chain(range(i, len(self)), range(i)):
             if row not in self._broken:
                 try:
-                    return self._read(row, rng)
+                    return self._read(row, rng, self.size_of_row(i))
                 except (UserError, OSError) as error:  # OSError: a name too long, no permission
                     self._skip(row, error)
         raise UserError(f"{self.flag} {self.csv}: none of its {len(self)} pictures can be read, see the warnings; "
                         f"expected paths relative to {self.csv.parent}")
 
-    def _read(self, row: int, rng: np.random.Generator) -> Sample:
+    def _read(self, row: int, rng: np.random.Generator, size: tuple) -> Sample:
         image = self.picture(row)
-        clipped, crop = square(image, self.size, rng if self.random_crop else None, f"{self.flag} {self.path(row)}")
+        clipped, crop = fit(image, size, rng if self.random_crop else None, f"{self.flag} {self.path(row)}")
         return Sample(latent_pixels(clipped)[0], clip_pixels(image), self.text(row), image.size[::-1], crop, row)
 
     def _skip(self, row: int, error: Exception) -> None:
@@ -204,30 +204,32 @@ class ImageTextDataset:
                                 f"--max_broken {self.max_broken}; mend them or allow more; the last: {error}")
 
 
-def square(image: Image.Image, size: int, rng: np.random.Generator | None, name: str) -> tuple:
-    """Resize the shortest edge to `size` (bicubic on 8-bit pixels, as `clip_pixels`) and crop a square.
+def fit(image: Image.Image, size: tuple, rng: np.random.Generator | None, name: str) -> tuple:
+    """Resize until a rectangle is just covered (bicubic on 8-bit pixels, as `clip_pixels`), and crop it.
 
     Args:
         image: 8-bit RGB.
-        size: in pixels.
-        rng: draws the place of the square; the centre without.
+        size: (height, width) in pixels.
+        rng: draws the place of the rectangle; the centre without.
         name: of the picture, for messages.
 
     Returns:
-        The square, and its (top, left) in the resized picture.
+        The rectangle, and its (top, left) in the resized picture.
 
     Raises:
         UserError: the picture is so narrow that it would become absurdly long.
     """
-    width, height = (int(size * side / min(image.size)) for side in image.size)
+    if image.width * size[0] <= image.height * size[1]:
+        width, height = size[1], int(size[1] * image.height / image.width)
+    else:
+        width, height = int(size[0] * image.width / image.height), size[0]
     if width * height > MAX_PIXELS:
         raise UserError(f"{name}: {image.width} x {image.height} pixels are too narrow, resized they would be "
                         f"{width} x {height}")
     image = image.resize((width, height), Image.BICUBIC)
-    top, left = (height - size) // 2, (width - size) // 2
-    if rng is not None:
-        top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
-    return image.crop((left, top, left + size, top + size)), (top, left)
+    room = height - size[0], width - size[1]
+    top, left = (side // 2 if rng is None else int(rng.integers(side + 1)) for side in room)
+    return image.crop((left, top, left + size[1], top + size[0])), (top, left)
 
 
 class Stream:
@@ -298,9 +300,10 @@ def samples_of(dataset: ImageTextDataset, seed: int) -> Callable[[int, int], Sam
 
 def stack(step: int, positions: np.ndarray, samples: list[Sample]) -> Batch:
     """Put samples together."""
-    pixels, clips, texts, sizes, crops, rows = zip(*samples)
-    return Batch(step, positions, np.stack(pixels), np.stack(clips), list(texts), np.array(sizes, np.int64),
-                 np.array(crops, np.int64), np.array(rows, np.int64))
+    pixels, clips, texts, originals, crops, rows = zip(*samples)
+    sizes = [(*original, *crop, *picture.shape[1:]) for original, crop, picture in zip(originals, crops, pixels)]
+    return Batch(step, positions, np.stack(pixels), np.stack(clips), list(texts), np.array(sizes, np.int32),
+                 np.array(rows, np.int64))
 
 
 class Loader:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Iterable, Iterator
 
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 from PIL import Image
 
 from ip_adapter.build import ImagePromptModel
@@ -23,11 +23,10 @@ from ip_adapter.drawn_world import (
     random_scene,
     shape_mask,
 )
-from ip_adapter.generation import contexts, generate
-from ip_adapter.preprocess import clip_pixels, hint_pixels, latent_mask, latent_pixels, paste
+from ip_adapter.generation import generate
+from ip_adapter.preprocess import hint_pixels, latent_mask, latent_pixels, paste
 from ldm.ddim import KeptRegion
 from ldm.model import Control
-from ldm.schedule import leading_timesteps
 
 SHEET_ROWS = 12
 
@@ -69,9 +68,9 @@ class DemoJudge:
     def __init__(self, model: ImagePromptModel, size: int, steps: int, guidance_scale: float, seed: int, count: int,
                  variations: int):
         self.model, self.size, self.guidance_scale, self.seed = model, size, guidance_scale, seed
-        self.timesteps, self.variations = leading_timesteps(steps), variations
+        self.steps, self.variations = steps, variations
         self.scenes = [random_scene(np.random.default_rng([seed, n])) for n in range(count)]
-        self.negative = model.diffusion.encode_text([NEUTRAL[1]])
+        model.diffusion.set_size(size, size)
 
     def other_ground(self, n: int) -> str:
         """A colour that scene n has not, and another than that of its shape."""
@@ -81,32 +80,30 @@ class DemoJudge:
 
     def batches(self, task: Task) -> Iterator[np.ndarray]:
         """The pictures of each scene, (variations, size, size, 3) uint8."""
-        model, encoder = self.model, self.model.embedder.image_encoder
+        model = self.model
         model.set_ip_scale(task.ip_scale)
         for n, scene in enumerate(self.scenes):
             picture = draw(scene, self.size)
             words = {"neutral": NEUTRAL[0], "caption": caption(scene),
                      "other ground": f"a {self.other_ground(n)} ground"}
-            text = model.diffusion.encode_text([words[task.text].replace("a orange", "an orange")])
-            embedding = encoder(Tensor(clip_pixels(picture, encoder.config.image_size)[None]))
-            sides = contexts(model, *(ops.broadcast_to(x, (self.variations,) + x.shape[1:]) for x in (
-                text, self.negative, embedding)))
+            prompt = words[task.text].replace("a orange", "an orange")
+            sides, = model.conditions(picture, [(prompt, NEUTRAL[1])])
             seeds = [self.seed + n * self.variations + k for k in range(self.variations)]
-            make = functools.partial(generate, model, sides, seeds, self.size, self.timesteps, self.guidance_scale,
+            make = functools.partial(generate, model, sides, seeds, self.size, self.steps, self.guidance_scale,
                                      self._controls(task, scene))
             if not task.half:
                 yield make()
                 continue
             mask, clean = self._half(scene), model.diffusion.encode_image(latent_pixels(picture))
             made = make(keep=lambda noise, clean=clean, mask=mask: KeptRegion(
-                clean, noise, latent_mask(mask), model.diffusion.schedule.add_noise))
+                clean, noise, latent_mask(mask), model.diffusion.add_noise))
             yield paste(made, picture, mask)
 
     def _controls(self, task: Task, scene: Scene) -> list:
         if not task.controlled:
             return []
         hint = self.model.diffusion.controlnets[0].embed_hint(Tensor(hint_pixels(outline(scene, self.size))))
-        return [Control(hint, 1.0, {float(t) for t in self.timesteps})]
+        return [Control(hint, 1.0, {float(t) for t in self.model.diffusion.timesteps(self.steps)})]
 
     def _half(self, scene: Scene) -> np.ndarray:
         """(H, W) bool: the left or right half, where the shape's centre is."""

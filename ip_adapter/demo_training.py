@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -16,8 +17,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ip_adapter.build import ImagePromptModel
 from ip_adapter.config import TrainingConfig
-from ip_adapter.dataset import Batch, ImageTextDataset, draws, square
-from ip_adapter.families import SD15
+from ip_adapter.dataset import Batch, ImageTextDataset, draws, fit
+from ip_adapter.families import SD15, SDXL, Family
 from ip_adapter.feature_cache import FeatureBatch, FeatureCache
 from ip_adapter.features import FrozenEncoders, training_inputs
 from ip_adapter.image_prompt import ImageProjConfig
@@ -42,21 +43,29 @@ DEMO = ModelSizes(
     CLIPImageConfig(width=128, layers=3, mlp_width=512, patch_size=32, embed_dim=64),
     ImageProjConfig(embed_dim=64, context_dim=64),
 )
+DEMO_XL = replace(
+    DEMO,
+    unet=UNetConfig(model_channels=32, channel_mult=(2, 2, 3), transformer_depth=(0, 1, 2), middle_depth=2,
+                    context_dim=128, num_heads=-1, num_head_channels=32, use_linear=True, adm_in_channels=64 + 6 * 256),
+    texts=(*DEMO.texts, replace(DEMO.texts[0], activation="gelu", projection=64)),
+    proj=ImageProjConfig(embed_dim=64, context_dim=128),
+)
 KL_WEIGHT = 1e-3  # of the mean over a latent's elements, against a mean over pixels
 EDGES = 100, 200  # Canny's thresholds of the hints the ControlNet learns from
 
 
-def demo_start(path: Path, seed: int) -> None:
-    """Write the merged checkpoint that training begins with: seeded weights, no adapter.
+def demo_start(path: Path, seed: int, family: Family = SD15) -> None:
+    """Write the merged checkpoint of a family that training begins with: seeded weights, no adapter.
 
     The last layer of every residual branch of the UNet is zero, so that at first it passes its input on.
     """
     with tempfile.TemporaryDirectory() as folder:
         seeded = Path(folder) / "seeded.ckpt"
-        merge(SD15, **{**write_standins(Path(folder), DEMO, seed), "controlnet": None}, out=seeded, skip_ip=True)
+        standins = write_standins(Path(folder), DEMO_XL if family is SDXL else DEMO, seed, family)
+        merge(family, **{**standins, "controlnet": None}, out=seeded, skip_ip=True)
         with open_checkpoint(seeded) as file:
             arrays = {name: file.read(name) for name in file.tensors}
-    last = r"^model\.diffusion_model\.(out\.2\.|.*\.(out_layers_conv|proj_out)\.)"
+    last = r"^model\.diffusion_model\.(out\.2\.|.*\.(out_layers_conv|out_layers\.3|proj_out)\.)"
     save_arrays(path, {name: 0 * value if re.search(last, name) else value for name, value in arrays.items()})
 
 
@@ -82,24 +91,27 @@ class AutoencoderLoss(nn.Cell):
 
 
 class ContrastiveLoss(nn.Cell):
-    """Cross-entropy of finding each picture's caption in the batch, and each caption's picture.
+    """Cross-entropy of finding each picture's caption in the batch, and each caption's picture; mean of text encoders.
 
     Source:
         CLIP (arXiv 2103.00020), fig. 3; the text's pooled state needs no projection, for it is as wide as the image
         embedding.
     """
 
-    def __init__(self, text: CLIPTextTransformer, image: CLIPImageTransformer):
-        super().__init__()  # with prefixes: both have a positional_embedding
-        self.text, self.image = text, image
+    def __init__(self, texts: list[CLIPTextTransformer], image: CLIPImageTransformer):
+        super().__init__()  # with prefixes: all have a positional_embedding
+        self.texts, self.image = nn.CellList(texts), image
         self.logit_scale = Parameter(Tensor(np.log(1 / 0.07), ms.float32), "logit_scale")
 
-    def construct(self, tokens: Tensor, pixels: Tensor) -> Tensor:
-        """(B, T) int32 and (B, 3, 224, 224) -> () float32."""
-        a, b = self._unit(self.text(tokens)[2]), self._unit(self.image(pixels))
-        logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * ops.MatMul(transpose_b=True)(a, b)
-        own = ops.arange(logits.shape[0])
-        return 0.5 * (ops.cross_entropy(logits, own) + ops.cross_entropy(logits.T, own))
+    def construct(self, pixels: Tensor, *tokens: Tensor) -> Tensor:
+        """(B, 3, 224, 224), and (B, T) int32 for each text encoder -> () float32."""
+        image, total = self._unit(self.image(pixels)), 0.0
+        for i in range(len(self.texts)):
+            text = self._unit(self.texts[i](tokens[i])[2])
+            logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * ops.MatMul(transpose_b=True)(text, image)
+            own = ops.arange(logits.shape[0])
+            total = total + 0.5 * (ops.cross_entropy(logits, own) + ops.cross_entropy(logits.T, own))
+        return total / len(self.texts)
 
     def _unit(self, x: Tensor) -> Tensor:
         return x / ops.sqrt(ops.square(x).sum(-1, keepdims=True))
@@ -112,10 +124,12 @@ class ControlNetLoss(nn.Cell):
         super().__init__()  # with prefixes: the ControlNet has the names of the UNet
         self.unet, self.controlnet, self.error = unet, controlnet, NoiseError(weights)
 
-    def construct(self, x: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, hint: Tensor) -> Tensor:
+    def construct(self, x: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, vector: Tensor,
+                  hint: Tensor) -> Tensor:
         """As `NoisePredictionLoss`, with hints (B, 3, H, W) in [0, 1] in place of embeddings."""
-        residuals = self.controlnet(x, timesteps, text, self.controlnet.input_hint_block(hint), Tensor(1.0, ms.float32))
-        return self.error(self.unet(x, timesteps, text, None, residuals), noise, timesteps)
+        embedded, whole = self.controlnet.input_hint_block(hint), Tensor(1.0, ms.float32)
+        residuals = self.controlnet(x, timesteps, text, embedded, whole, vector)
+        return self.error(self.unet(x, timesteps, text, vector, residuals), noise, timesteps)
 
 
 class Stage(NamedTuple):
@@ -134,7 +148,7 @@ def autoencoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) 
     vae, z = model.diffusion.vae, model.diffusion.vae.config.latent_channels
 
     def make(row: int, position: int) -> tuple:
-        image, _ = square(dataset.picture(row), args.image_size, None, str(dataset.path(row)))
+        image, _ = fit(dataset.picture(row), (args.image_size, args.image_size), None, str(dataset.path(row)))
         shape = z, args.image_size // 8, args.image_size // 8
         pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
         return pixels, np.random.default_rng([args.seed, position]).standard_normal(shape, np.float32)
@@ -179,19 +193,21 @@ def normalised(trained: dict, moments: np.ndarray, scale_factor: float) -> dict:
 
 
 def encoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
-    """Text and image encoder together."""
-    text, image = model.diffusion.text_encoders[0], model.embedder.image_encoder
-    if text.config.width != image.config.embed_dim:
-        raise UserError(f"--pretrained_model_path {args.pretrained_model_path}: its text states are "
-                        f"{text.config.width} wide, its image embedding {image.config.embed_dim}; only a model with "
-                        "equal widths, such as the demo model, can learn both together")
-    loss = ContrastiveLoss(text, image)
+    """Text and image encoders together."""
+    texts, image = model.diffusion.text_encoders, model.embedder.image_encoder
+    for config in (text.config for text in texts):
+        if (config.projection or config.width) != image.config.embed_dim:
+            raise UserError(f"--pretrained_model_path {args.pretrained_model_path}: its pooled text is "
+                            f"{config.projection or config.width} wide, its image embedding {image.config.embed_dim}; "
+                            "only a model with equal widths, such as the demo model, can learn both together")
+    loss = ContrastiveLoss(texts, image)
 
     def make(row: int, position: int) -> tuple:
         sample = dataset.sample(row, None)
-        return model.diffusion.tokenizer([sample.text])[0], sample.clip_pixels
+        return (sample.clip_pixels, *(tokenizer([sample.text])[0] for tokenizer in model.diffusion.tokenizers))
 
-    return Stage(loss, {**network_parameters({"text": text, "image": image}), "logit_scale": loss.logit_scale}, make,
+    cells = {**{f"text{n}": text for n, text in enumerate(texts)}, "image": image}
+    return Stage(loss, {**network_parameters(cells), "logit_scale": loss.logit_scale}, make,
                  _columns, _tensors, lambda path, trained: save_model(path, model, trained))
 
 
@@ -201,7 +217,7 @@ def unet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stag
     noisy = _noisy(model, cache.encoders, args)
     loss = NoisePredictionLoss(unet, weights=model.diffusion.schedule.loss_weights(args.p2_k))
     return Stage(loss, network_parameters({"unet": unet}), cache.sample, cache.collate,
-                 lambda batch: noisy(batch)[:4], lambda path, trained: save_model(path, model, trained))
+                 lambda batch: noisy(batch)[:5], lambda path, trained: save_model(path, model, trained))
 
 
 def controlnet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
@@ -217,7 +233,7 @@ def controlnet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -
     noisy = _noisy(model, cache.encoders, args)
 
     def make(row: int, position: int) -> tuple:
-        image, _ = square(dataset.picture(row), args.image_size, None, str(dataset.path(row)))
+        image, _ = fit(dataset.picture(row), (args.image_size, args.image_size), None, str(dataset.path(row)))
         return cache.sample(row, position), hint_pixels(canny(image, *EDGES))[0]
 
     def collate(step: int, positions: np.ndarray, samples: list) -> _Arrays:
@@ -226,12 +242,14 @@ def controlnet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -
 
     loss = ControlNetLoss(diffusion.unet, controlnet, diffusion.schedule.loss_weights(args.p2_k))
     return Stage(loss, network_parameters({"controlnet": controlnet}), make,
-                 collate, lambda batch: (*noisy(batch.arrays[0])[:4], Tensor(batch.arrays[1])),
+                 collate, lambda batch: (*noisy(batch.arrays[0])[:5], Tensor(batch.arrays[1])),
                  lambda path, trained: save_model(path, model, trained))
 
 
-STAGES = {"vae": autoencoder_stage, "decoder": decoder_stage, "clip": encoder_stage, "unet": unet_stage,
-          "controlnet": controlnet_stage}
+# What is trained of which family. SDXL's demo model shares the autoencoder of the other.
+STAGES = {"vae": (SD15, autoencoder_stage), "decoder": (SD15, decoder_stage), "clip": (SD15, encoder_stage),
+          "unet": (SD15, unet_stage), "controlnet": (SD15, controlnet_stage), "clip_xl": (SDXL, encoder_stage),
+          "unet_xl": (SDXL, unet_stage), "controlnet_xl": (SDXL, controlnet_stage)}
 
 
 def start_at_zero(cell: nn.Cell, pattern: str) -> None:
@@ -257,17 +275,16 @@ def _tensors(batch: _Arrays) -> tuple:
 def _features(model: ImagePromptModel, dataset: ImageTextDataset, args) -> FeatureCache:
     """The features of all pictures, computed once; the UNet is left without image attention."""
     unpatch_cross_attention(model.diffusion.unet)
-    cache = FeatureCache(Path(args.cache_dir), FrozenEncoders(model), args.image_size)
+    cache = FeatureCache(Path(args.cache_dir), FrozenEncoders(model), (args.image_size, args.image_size))
     cache.fill(dataset, 64)
     return cache
 
 
 def _noisy(model: ImagePromptModel, encoders: FrozenEncoders, args: TrainingConfig) -> Callable:
-    """FeatureBatch -> noisy latents, timesteps, noise, text, image embedding."""
+    """FeatureBatch -> what `training_inputs` gives."""
     def inputs(batch: FeatureBatch | Batch) -> tuple:
         features = batch.features
         drawn = [draws(args.seed, int(position), features.mean.shape[1:], 0.0, args.drop_text_prob, 0.0)
                  for position in batch.positions]
-        return training_inputs(features, drawn, encoders.empty_text, model.diffusion.schedule,
-                               model.diffusion.scale_factor)
+        return training_inputs(features, drawn, encoders.empty_text, model.diffusion)
     return inputs

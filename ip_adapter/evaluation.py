@@ -8,18 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas
-from mindspore import Tensor, ops
 from PIL import Image
 from tqdm import tqdm
 
 from ip_adapter.build import ImagePromptModel
 from ip_adapter.clip_score import ClipScorer
 from ip_adapter.dataset import ImageTextDataset
-from ip_adapter.generation import contexts, generate
+from ip_adapter.generation import generate
 from ip_adapter.pictures import file_sha256, grid
-from ip_adapter.preprocess import clip_pixels
 from ldm.errors import UserError
-from ldm.schedule import leading_timesteps
 
 COLUMNS = ("row", "dir", "clip_i", "clip_t")
 SHEET_ROWS = 8
@@ -63,7 +60,7 @@ class Evaluation:
         (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         done = _rows(results)
         model.set_ip_scale(args.ip_scale)
-        text, empty = model.diffusion.encode_text([args.prompt]), model.diffusion.encode_text([args.negative_prompt])
+        model.diffusion.set_size(args.size, args.size)
         with open(results, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -74,7 +71,7 @@ class Evaluation:
                     continue
                 row = self.dataset.sample(n, None).index  # another one if n cannot be read
                 picture = self.dataset.picture(row)
-                made = self._make(model, picture, text, empty, n)
+                made = self._make(model, picture, n)
                 for k, pixels in enumerate(made):
                     Image.fromarray(pixels).save(self.folder / "pictures" / f"{n:06d}-{k}.png")
                 writer.writerow({"row": n, "dir": self.dataset.path(row).name, "clip_i": scorer.clip_i(made, picture),
@@ -82,13 +79,11 @@ class Evaluation:
                 file.flush()
         return self._table(results)
 
-    def _make(self, model: ImagePromptModel, picture: Image.Image, text: Tensor, empty: Tensor, n: int) -> np.ndarray:
-        args, encoder = self.args, model.embedder.image_encoder
-        embedding = encoder(Tensor(clip_pixels(picture, encoder.config.image_size)[None]))
-        together = [ops.broadcast_to(x, (args.variations,) + x.shape[1:]) for x in (text, empty, embedding)]
+    def _make(self, model: ImagePromptModel, picture: Image.Image, n: int) -> np.ndarray:
+        args = self.args
+        sides, = model.conditions(picture, [(args.prompt, args.negative_prompt)])
         seeds = [args.seed + n * args.variations + k for k in range(args.variations)]
-        return generate(model, contexts(model, *together), seeds, args.size, leading_timesteps(args.sampling_steps),
-                        args.scale)
+        return generate(model, sides, seeds, args.size, args.sampling_steps, args.scale)
 
     def _table(self, results: Path) -> str:
         """Write table and sheet; returns the table."""

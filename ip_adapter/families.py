@@ -37,6 +37,7 @@ class Family:
         base_flag: of the merge tool that names it.
         tool: that merges its files.
         adapter: an example of a published adapter, and of a finetuned one.
+        finetuned: where a training writes its adapters in its output folder, {} being the step.
         controlnets: whose ControlNets fit.
     """
 
@@ -52,6 +53,7 @@ class Family:
     base_flag: str
     tool: str
     adapter: str
+    finetuned: str
     controlnets: str
 
     @property
@@ -80,6 +82,7 @@ SD15 = Family(
     embedder="embedder.", activations=("quick_gelu",), carried=(), float32_vae=False,
     base="sd_v1.5-d0ab7146.ckpt or v1-5-pruned-emaonly.safetensors", base_flag="--sd",
     tool="tools/merge_ckpts_sd.py", adapter="ip-adapter_sd15.safetensors or a finetuned sd-N.ckpt",
+    finetuned="ckpt/sd-{}",
     controlnets="lllyasviel's in either layout")
 SDXL = Family(
     "SDXL", (UNET_SDXL, VAE_MINDSPORE, TEXT_L_SDXL, TEXT_G_SDXL),
@@ -88,6 +91,7 @@ SDXL = Family(
     float32_vae=True, base="sd_xl_base_1.0_ms.ckpt or sd_xl_base_1.0.safetensors", base_flag="--sd_xl_base",
     tool="tools/merge_ckpts_sdxl.py",
     adapter="ip-adapter_sdxl.safetensors or a finetuned SDXL-base-1.0-N_ip_only.ckpt",
+    finetuned="weights/SDXL-base-1.0-{}_ip_only",
     controlnets="one of diffusers' for SDXL, such as controlnet-depth-sdxl-1.0")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from ip_adapter.dataset import ImageTextDataset
+from ip_adapter.dataset import ImageTextDataset, stack
 from ip_adapter.features import Features, FrozenEncoders
 from ldm.errors import UserError
 
@@ -25,7 +25,7 @@ class FeatureBatch(NamedTuple):
 
 
 class FeatureCache:
-    """Records of float16 features in one file; beside it their keys, one a line, in the same order.
+    """Records of features in one file; beside it their keys, one a line, in the same order.
 
     A key is the sha256 of a picture's bytes and its caption; the file's name is that of everything else features depend
     on. A record counts once its key is written, so a run that is killed loses the batch under way only, and of a data
@@ -34,30 +34,32 @@ class FeatureCache:
     Args:
         folder: made if missing.
         encoders: make the features.
-        size: side of the pictures in pixels.
+        size: (height, width) of the pictures in pixels.
     """
 
-    def __init__(self, folder: Path, encoders: FrozenEncoders, size: int):
+    def __init__(self, folder: Path, encoders: FrozenEncoders, size: tuple):
         shapes = encoders.shapes(size)
-        self.record = np.dtype([(name, "<f2", shape) for name, shape in zip(Features._fields, shapes)])
+        self.record = np.dtype([(name, "<i4" if name == "sizes" else "<f2", shape)
+                                for name, shape in zip(Features._fields, shapes)])
         name = hashlib.sha256(f"{encoders.fingerprint()} {size} {shapes}".encode()).hexdigest()[:16]
         self.data, self.index = Path(folder) / f"features-{name}.f16", Path(folder) / f"features-{name}.keys"
         self.encoders, self.places = encoders, np.zeros(0, np.int64)
 
-    def fill(self, dataset: ImageTextDataset, batch: int) -> None:
-        """Compute what is missing, `batch` samples at a time.
+    def fill(self, dataset: ImageTextDataset, batch: int, rows: Iterable[int] | None = None) -> None:
+        """Compute what is missing, `batch` samples at a time; of some rows, whose size this is, or of all.
 
         Raises:
             UserError: the folder cannot be written to, or too many pictures cannot be read.
         """
-        keys = [sample_key(dataset, row) for row in range(len(dataset))]
-        used = list(range(len(dataset)))  # the row in place of one that cannot be read
+        rows = range(len(dataset)) if rows is None else [int(row) for row in rows]
+        keys = {row: sample_key(dataset, row) for row in rows}
+        used = {row: row for row in rows}  # the row in place of one that cannot be read
         try:
             self.data.parent.mkdir(parents=True, exist_ok=True)
             with open(self.data, "ab") as data, open(self.index, "a", encoding="ascii") as index:
                 fcntl.flock(index, fcntl.LOCK_EX)  # two runs may share a folder; the lock dies with its process
                 known = {key: n for n, key in enumerate(self._keys())}
-                new = [row for row in range(len(dataset)) if keys[row] not in known]
+                new = [row for row in rows if keys[row] not in known]
                 data.truncate(len(known) * self.record.itemsize)
                 index.truncate(len(known) * KEY_LINE)
                 for first in tqdm(range(0, len(new), batch), desc="encoding", unit="batch", disable=None):
@@ -65,6 +67,7 @@ class FeatureCache:
                     for row in new[first : first + batch]:
                         sample = dataset.sample(row, None)
                         used[row] = sample.index
+                        keys.setdefault(sample.index, sample_key(dataset, sample.index))
                         if keys[sample.index] not in known:
                             fresh[keys[sample.index]] = sample
                     if fresh:
@@ -76,7 +79,8 @@ class FeatureCache:
         except OSError as error:
             raise UserError(f"--cache_dir {self.data.parent}: cannot be written ({error.strerror or error}); free some "
                             "space or choose another folder") from None
-        self.places = np.array([known[keys[row]] for row in used])
+        self.places = np.full(len(dataset), -1)
+        self.places[rows] = [known[keys[used[row]]] for row in rows]
         self.records = np.memmap(self.data, self.record, "r")
 
     def _keys(self) -> list:
@@ -86,9 +90,7 @@ class FeatureCache:
         return keys[: size // self.record.itemsize]
 
     def _encode(self, samples: list) -> bytes:
-        features = self.encoders.features(np.stack([sample.pixels for sample in samples]),
-                                          np.stack([sample.clip_pixels for sample in samples]),
-                                          [sample.text for sample in samples])
+        features = self.encoders.features(stack(0, np.arange(len(samples)), samples))
         records = np.empty(len(samples), self.record)
         for name, values in features._asdict().items():
             records[name] = values

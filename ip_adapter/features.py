@@ -11,17 +11,19 @@ import numpy as np
 from mindspore import Tensor
 
 from ip_adapter.build import ImagePromptModel
-from ip_adapter.dataset import Draw
-from ldm.schedule import NoiseSchedule
+from ip_adapter.dataset import Batch, Draw
+from ldm.model import Condition, LatentDiffusion
 
 
 class Features(NamedTuple):
-    """Features of a batch, all float16."""
+    """Features of a batch, float16 but for the sizes."""
 
     mean: np.ndarray  # (B, C, H / 8, W / 8) of the autoencoder's posterior, unscaled
     deviation: np.ndarray  # the same shape
     text: np.ndarray  # (B, T, D) text tokens
+    pooled: np.ndarray  # (B, P) pooled text of SDXL; P is 0 for SD-1.5
     embedding: np.ndarray  # (B, E) image embedding
+    sizes: np.ndarray  # (B, 6) int32, as in `Batch`
 
 
 class FrozenEncoders:
@@ -29,29 +31,30 @@ class FrozenEncoders:
 
     def __init__(self, model: ImagePromptModel):
         self.model = model
-        self.empty_text = self.text([""])[0]
+        self.empty_text = [part[0] for part in self.text([""])]
 
-    def shapes(self, size: int) -> tuple:
-        """Shapes of the features of one picture of `size` pixels, in the order of `Features`."""
-        diffusion, image = self.model.diffusion, self.model.embedder.image_encoder.config
-        latent = (diffusion.vae.config.latent_channels, size // 8, size // 8)
-        text = diffusion.text_encoders[0].config
-        return latent, latent, (text.context_length, text.width), (image.embed_dim,)
+    def shapes(self, size: tuple) -> tuple:
+        """Shapes of the features of one picture of (height, width) pixels, in the order of `Features`."""
+        latent = (self.model.diffusion.vae.config.latent_channels, size[0] // 8, size[1] // 8)
+        text, pooled = (part.shape for part in self.empty_text)
+        return latent, latent, text, pooled, (self.model.embedder.image_encoder.config.embed_dim,), (6,)
 
     def fingerprint(self) -> str:
         """sha256 of all weights that features depend on; the UNet and the decoder are not among them."""
         vae = self.model.diffusion.vae
         digest = hashlib.sha256()
-        text, image = self.model.diffusion.text_encoders[0], self.model.embedder.image_encoder
-        for cell in (vae.encoder, vae.quant_conv, text, image):
+        for cell in (vae.encoder, vae.quant_conv, *self.model.diffusion.text_encoders,
+                     self.model.embedder.image_encoder):
             for path, parameter in cell.parameters_and_names():
                 digest.update(path.encode())
                 digest.update(parameter.asnumpy())
         return digest.hexdigest()
 
-    def text(self, texts: list) -> np.ndarray:
-        """B texts -> (B, T, D) float16."""
-        return self.model.diffusion.encode_text(texts).asnumpy().astype(np.float16)
+    def text(self, texts: list) -> tuple:
+        """B texts -> tokens (B, T, D) and pooled (B, P), float16."""
+        context, pooled = self.model.diffusion.encode_text(texts)
+        pooled = np.zeros((len(texts), 0)) if pooled is None else pooled.asnumpy()
+        return context.asnumpy().astype(np.float16), pooled.astype(np.float16)
 
     def release(self, keep_vae: bool = False) -> None:
         """Give the memory of the encoders back; nothing but `empty_text` can be asked for after this."""
@@ -59,39 +62,36 @@ class FrozenEncoders:
             self.model.diffusion.vae = None
         self.model.release_encoders()
 
-    def features(self, pixels: np.ndarray, clip_pixels: np.ndarray, texts: list) -> Features:
-        """Encode a batch.
-
-        Args:
-            pixels: (B, 3, H, W) float32 in [-1, 1].
-            clip_pixels: (B, 3, 224, 224) float32 as CLIP takes them.
-            texts: B captions.
-        """
-        moments = self.model.diffusion.vae.encode(Tensor(pixels)).asnumpy()
+    def features(self, batch: Batch) -> Features:
+        """Encode a batch."""
+        moments = self.model.diffusion.vae.encode(Tensor(batch.pixels)).asnumpy()
         mean, log_variance = np.split(moments, 2, axis=1)
         deviation = np.exp(0.5 * np.clip(log_variance, -30.0, 20.0))
-        embedding = self.model.embedder.image_encoder(Tensor(clip_pixels)).asnumpy()
-        return Features(mean.astype(np.float16), deviation.astype(np.float16), self.text(texts),
-                        embedding.astype(np.float16))
+        embedding = self.model.embedder.image_encoder(Tensor(batch.clip_pixels)).asnumpy()
+        return Features(mean.astype(np.float16), deviation.astype(np.float16), *self.text(batch.texts),
+                        embedding.astype(np.float16), batch.sizes)
 
 
-def training_inputs(features: Features, drawn: list[Draw], empty_text: np.ndarray, schedule: NoiseSchedule,
-                    scale_factor: float) -> tuple:
+def training_inputs(features: Features, drawn: list[Draw], empty_text: list, diffusion: LatentDiffusion) -> tuple:
     """What `NoisePredictionLoss` takes, from features and the random numbers of each sample.
 
     Args:
         features: of B samples.
         drawn: B draws.
-        empty_text: (T, D) tokens of the empty text, where the text is dropped. A dropped picture is a zero embedding.
-        schedule: the noise schedule.
-        scale_factor: what latents are multiplied by.
+        empty_text: tokens (T, D) and pooled (P,) of the empty text, where the text is dropped. A dropped picture is a
+            zero embedding.
+        diffusion: the model, for its noise schedule and what it is told beside tokens.
 
     Returns:
-        Noisy latents, timesteps, noise, text and image embedding, float32 Tensors.
+        Noisy latents, timesteps, noise, text, vector (None for SD-1.5) and image embedding, float32 Tensors.
     """
     timesteps, noise, posterior, drop_image, drop_text = (np.stack(column) for column in zip(*drawn))
-    latents = (features.mean + features.deviation * posterior) * np.float32(scale_factor)
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    text = np.where(drop_text[:, None, None], empty_text, features.text)
+    latents = (features.mean + features.deviation * posterior) * np.float32(diffusion.scale_factor)
+    noisy = diffusion.schedule.add_noise(latents, noise, timesteps)
+    text = np.where(drop_text[:, None, None], empty_text[0], features.text)
     embedding = np.where(drop_image[:, None], 0, features.embedding)
-    return tuple(Tensor(array.astype(np.float32)) for array in (noisy, timesteps, noise, text, embedding))
+    noisy, timesteps, noise, text, embedding = (
+        Tensor(array.astype(np.float32)) for array in (noisy, timesteps, noise, text, embedding))
+    pooled = np.where(drop_text[:, None], empty_text[1], features.pooled).astype(np.float32)
+    told = diffusion.tell_sizes(Condition(text, Tensor(pooled) if pooled.size else None), features.sizes)
+    return noisy, timesteps, noise, text, told.vector, embedding

@@ -70,5 +70,8 @@ class IPAdapterImageEmbedder:
 
         The unconditional side is the projection of a zero embedding, not zero tokens and not a black picture.
         """
-        embedding = self.image_encoder(pixels)
+        return self.project(self.image_encoder(pixels))
+
+    def project(self, embedding: Tensor) -> tuple:
+        """(B, E) -> the same of an embedding known already."""
         return self.image_proj(embedding), self.image_proj(ops.zeros_like(embedding))

@@ -16,8 +16,9 @@ from ldm.checkpoint_file import save_arrays
 def networks(model: ImagePromptModel) -> dict:
     """Name -> (network, its layout in a merged file); the projector is left out, for adapters are trained later."""
     diffusion, family = model.diffusion, model.family
-    unet, vae, text = family.mindspore
-    parts = {"unet": (diffusion.unet, unet), "vae": (diffusion.vae, vae), "text": (diffusion.text_encoders[0], text),
+    unet, vae, *texts = family.mindspore
+    parts = {"unet": (diffusion.unet, unet), "vae": (diffusion.vae, vae),
+             **{f"text{n}": pair for n, pair in enumerate(zip(diffusion.text_encoders, texts))},
              "image": (model.embedder.image_encoder, family.image_encoder)}
     if diffusion.controlnets:
         parts["controlnet"] = diffusion.controlnets[0], family.controlnet
@@ -30,7 +31,7 @@ def network_parameters(cells: dict) -> dict:
 
 
 def save_model(path: Path, model: ImagePromptModel, trained: dict) -> list:
-    """Write a checkpoint in float16, as `tools/merge_ckpts_sd.py --skip_ip` makes them.
+    """Write a checkpoint in float16, as the merge tools make them with --skip_ip.
 
     Args:
         path: without the suffix; `.ckpt` is added.

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from dataclasses import fields
+from pathlib import Path
 
 from ip_adapter.cli import (
     Parser,
@@ -16,17 +18,22 @@ from ip_adapter.cli import (
     start_logging,
 )
 from ip_adapter.config import TrainingConfig
+from ip_adapter.families import SD15, SDXL
+from ip_adapter.training_run import STATE
 from ldm.device import default_dtype, start_device
 from ldm.errors import UserError
 from ldm.parallel import Group, join
 
-# Configuration files by --version, and by --part.
-TRAINING_SD = {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "training/sd_demo_finetune.yaml"}
-TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in ("vae", "decoder", "clip", "unet", "controlnet")}
+# Configuration files of a family by --version, and of the demo model's networks by --part.
+TRAINING = {SD15.name: {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "training/sd_demo_finetune.yaml"},
+            SDXL.name: {"xl": "training/sd_xl_base_finetune_910b.yaml", "demo": "training/sd_xl_demo_finetune.yaml"}}
+TIME, TIMES = "%Y.%m.%d-%H:%M:%S", "????.??.??-??:??:??"  # as {time} is written, and as a pattern of files
+TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in (
+    "vae", "decoder", "clip", "unet", "controlnet", "clip_xl", "unet_xl", "controlnet_xl")}
 
 LIMITS = {  # of numbers among the training settings; all others start at 0
     "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
-    "epochs": (1, 10**9), "num_workers": (1, 256), "ckpt_save_interval": (1, 10**9), "beta1": (0, 0.9999999),
+    "epochs": (0, 10**9), "num_workers": (1, 256), "ckpt_save_interval": (1, 10**9), "beta1": (0, 0.9999999),
     "beta2": (0, 0.9999999), "ema_decay": (0, 0.9999999), "drop_image_prob": (0, 1), "drop_text_prob": (0, 1),
     "drop_both_prob": (0, 1), "validation_count": (1, 100), "validation_steps": (1, 1000),
     "init_loss_scale": (1, 2**31), "loss_scale_factor": (1, 1024),
@@ -44,8 +51,8 @@ def training_parser(description: str, version: str, config: TrainingConfig, vers
         kinds = {"image_size": multiple_of_8, "scheduler": one_of("constant", "cosine"), bool: boolean, str: str}
         kind = kinds.get(setting.name) or kinds.get(type(default)) or in_range(
             type(default), *LIMITS.get(setting.name, (0, 2**63)))
-        aliases = {"output_path": ["--save_path"], "train_batch_size": ["--per_batch_size"]}.get(setting.name, [])
-        parser.add_argument(f"--{setting.name}", *aliases, type=kind, default=default, help=setting.metadata["help"],
+        names = [f"--{name}" for name in (setting.name, *setting.metadata["aliases"])]
+        parser.add_argument(*names, type=kind, default=default, help=setting.metadata["help"],
                             required=setting.name == "data_path" and not default)
     parser.add_argument("--resume", type=lambda text: boolean(text) if text.lower() in ("true", "false") else text,
                         default=False, help="go on where a run stopped: True for the last state in the output folder, "
@@ -55,8 +62,12 @@ def training_parser(description: str, version: str, config: TrainingConfig, vers
     return parser
 
 
-def start_training(args: argparse.Namespace) -> Group:
+def start_training(args: argparse.Namespace, name: str) -> Group:
     """Set up logging, device and mode of a training, check settings that depend on each other, meet other processes.
+
+    Args:
+        args: parsed flags; {time} in the output folder is filled in.
+        name: of published files within the output folder.
 
     Returns:
         This process' place among those that train together.
@@ -69,6 +80,9 @@ def start_training(args: argparse.Namespace) -> Group:
                         "leave one of them out")
     if args.drop_image_prob + args.drop_text_prob + args.drop_both_prob > 1:
         raise UserError("--drop_image_prob, --drop_text_prob and --drop_both_prob add up to more than 1")
+    if not (args.epochs or args.max_steps):
+        raise UserError("--epochs 0 and --max_steps 0 together have no end; limit one of them")
+    args.output_path = fill_in_time(args.output_path, name, args.resume is True)
     start_logging(args.log_level)
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     args.dtype = args.dtype or default_dtype()
@@ -76,3 +90,15 @@ def start_training(args: argparse.Namespace) -> Group:
     if group.rank:
         logging.getLogger().setLevel("ERROR")  # rank 0 speaks for all
     return group
+
+
+def fill_in_time(folder: str, name: str, resume: bool) -> str:
+    """The output folder with {time} as YYYY.mm.DD-HH:MM:SS: now or, to resume, of the last run that saved a state."""
+    if "{time}" not in folder:
+        return folder
+    before, after = folder.split("{time}", 1)
+    state = Path(name).parent / STATE
+    runs = sorted(Path(before or ".").glob(f"{TIMES}{after}/{state}")) if resume else []
+    if runs:
+        return str(runs[-1]).removesuffix(f"/{state}")
+    return folder.replace("{time}", time.strftime(TIME))

@@ -6,7 +6,9 @@ import contextlib
 import csv
 import logging
 import math
+import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -40,15 +42,15 @@ def optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
 class TrainingRun:
     """Counts steps, logs, saves and resumes.
 
-    In the output folder: `ckpt/<name>-N.*` with what is published after step N, `ckpt/train_resume.ckpt` with all the
-    next step depends on, `log.csv` and `loss.png`.
+    In the output folder: what is published after each so many steps, beside it `train_resume.ckpt` with all the next
+    step depends on, `log.csv` and `loss.png`.
 
     Args:
         args: parsed flags of `ip_adapter.training_cli.training_parser`.
         optimizer: knows what trains.
         length: samples of the data set.
         publish: (path without suffix, trained arrays) -> writes what users load; returns the paths.
-        name: of published files, before `-N`.
+        name: of published files without suffix, within the output folder, {} being the step.
         group: the processes that train together; rank 0 alone writes.
         validate: called with the step every `--validation_interval` steps, on rank 0.
 
@@ -56,22 +58,21 @@ class TrainingRun:
         UserError: the folder holds a run and `--resume` is not given, or the state to resume is not of this run.
     """
 
-    def __init__(self, args: argparse.Namespace, optimizer: AdamW, length: int, publish: Callable, name: str = "sd",
+    def __init__(self, args: argparse.Namespace, optimizer: AdamW, length: int, publish: Callable, name: str,
                  group: Group = Group(), validate: Callable | None = None):
-        self.args, self.optimizer, self.publish, self.name = args, optimizer, publish, name
-        self.group, self.validate, self.folder = group, validate, Path(args.output_path)
+        self.args, self.optimizer, self.publish, self.group, self.validate = args, optimizer, publish, group, validate
+        self.folder = Path(args.output_path)
+        self.ckpt, self.name = (self.folder / name).parent, Path(name).name
         batch = args.train_batch_size * group.size * args.gradient_accumulation_steps
         self.batch = batch
         self.steps_per_epoch = math.ceil(length / batch)
-        self.total = math.ceil(args.epochs * length / batch)
-        if args.max_steps:
-            self.total = min(self.total, args.max_steps)
+        self.total = min(math.ceil(args.epochs * length / batch) or args.max_steps, args.max_steps or sys.maxsize)
         # What decides which samples and which random numbers a step sees.
         self.identity = {"seed": args.seed, "train_batch_size": args.train_batch_size * group.size,
                          "gradient_accumulation_steps": args.gradient_accumulation_steps, "rows": length,
-                         "image_size": args.image_size}
+                         "image_size": args.image_size, "buckets": int(args.buckets)}
         self.step, self.history, self.published = 0, [], []
-        state = self.folder / "ckpt" / STATE
+        state = self.ckpt / STATE
         if args.resume:
             self._resume(state if args.resume is True else Path(args.resume))
         elif state.exists() or self._would_overwrite():
@@ -80,8 +81,9 @@ class TrainingRun:
 
     def _would_overwrite(self) -> bool:
         """Whether there are files of another run under names this one will use."""
-        names = [path.stem[len(self.name) + 1 :] for path in (self.folder / "ckpt").glob(f"{self.name}-*")]
-        steps = [int(name) for name in names if name.isdecimal()]
+        found = [re.fullmatch(re.escape(self.name).replace(r"\{\}", r"(\d+)"), path.stem)
+                 for path in self.ckpt.glob(self.name.format("*") + ".*")]
+        steps = [int(match[1]) for match in found if match]
         return any(step == self.total or step < self.total and self._save_due(step) for step in steps)
 
     def _resume(self, path: Path) -> None:
@@ -171,19 +173,18 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write what users load, then the state: a state never lacks its files. Older files go by --ckpt_max_keep."""
-        folder = self.folder / "ckpt"
-        paths = self.publish(folder / f"{self.name}-{self.step}", self.optimizer.trained())
+        paths = self.publish(self.ckpt / self.name.format(self.step), self.optimizer.trained())
         self.published = [step for step in self.published if step != self.step] + [self.step]
         kept = self.published[-self.args.ckpt_max_keep :] if self.args.ckpt_max_keep else self.published
         old, self.published = self.published[: -len(kept)], kept
         numbers = {**self.identity, "step": self.step, "published": kept}
         run = {f"run.{key}": np.array(value, np.int64) for key, value in numbers.items()}
-        save_arrays(folder / STATE, {**self.optimizer.state(), **run})
+        save_arrays(self.ckpt / STATE, {**self.optimizer.state(), **run})
         line_chart([float(row["loss"]) for row in self.history], f"loss, {self.step} steps").save(
             self.folder / "loss.png")
         for step in old:
             for path in paths:
-                (folder / f"{self.name}-{step}{path.suffix}").unlink(missing_ok=True)
+                (self.ckpt / f"{self.name.format(step)}{path.suffix}").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _log_file(self) -> Iterator[Callable]:

@@ -5,15 +5,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor
 from PIL import Image
 
 from ip_adapter.build import ImagePromptModel
-from ip_adapter.dataset import ImageTextDataset, square
-from ip_adapter.generation import contexts, generate
+from ip_adapter.dataset import ImageTextDataset, fit
+from ip_adapter.generation import generate
 from ip_adapter.pictures import save_png
-from ip_adapter.preprocess import clip_pixels
-from ldm.schedule import leading_timesteps
 
 GUIDANCE_SCALE = 7.5
 
@@ -34,23 +31,23 @@ class Validation:
     def __init__(self, args: argparse.Namespace, model: ImagePromptModel):
         self.model, self.size, self.seed = model, args.image_size, args.seed
         self.folder = Path(args.output_path) / "validation"
-        self.timesteps = leading_timesteps(args.validation_steps)
+        self.steps = args.validation_steps
         flag = "--validation_data" if args.validation_data else "--data_path"
         dataset = ImageTextDataset(args.validation_data or args.data_path, args.image_size, flag=flag)
-        encoder, count = model.embedder.image_encoder, min(args.validation_count, len(dataset))
+        count = min(args.validation_count, len(dataset))
         rows = [dataset.sample(row, None).index for row in range(count)]
         self.pictures = [dataset.picture(row) for row in rows]
-        self.embeddings = [encoder(Tensor(clip_pixels(picture, encoder.config.image_size)[None]))
-                           for picture in self.pictures]
-        self.empty_text = model.diffusion.encode_text([""])
-        self.texts = [(self.empty_text, model.diffusion.encode_text([dataset.text(row)])) for row in rows]
+        self.embeddings = [model.embed(picture) for picture in self.pictures]
+        model.diffusion.set_size(self.size, self.size)
+        self.empty = model.diffusion.condition([""])
+        self.texts = [(self.empty, model.diffusion.condition([dataset.text(row)])) for row in rows]
 
     def __call__(self, step: int) -> None:
         """Write the sheet of a step, with the weights as they are now."""
         rows = []
         for n, (picture, embedding, texts) in enumerate(zip(self.pictures, self.embeddings, self.texts)):
-            made = [generate(self.model, contexts(self.model, text, self.empty_text, embedding), [self.seed + n],
-                             self.size, self.timesteps, GUIDANCE_SCALE)[0] for text in texts]
-            shown, _ = square(picture, self.size, None, "validation")
+            made = [generate(self.model, self.model.with_image([text, self.empty], embedding), [self.seed + n],
+                             self.size, self.steps, GUIDANCE_SCALE)[0] for text in texts]
+            shown, _ = fit(picture, (self.size, self.size), None, "validation")
             rows.append(np.concatenate([np.asarray(shown), *made], 1))
         save_png(self.folder, Image.fromarray(np.concatenate(rows)), {"step": step}, f"step-{step}-{{:05d}}.png")

@@ -2,18 +2,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from ldm.ddim import sample_ddim
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.controlnet import ControlNet
 from ldm.modules.tokenizer import CLIPTokenizer
 from ldm.modules.unet import UNetModel
-from ldm.schedule import NoiseSchedule
+from ldm.schedule import NoiseSchedule, leading_timesteps
 
 
 class GuidedDenoiser(nn.Cell):
@@ -113,16 +114,23 @@ class LatentDiffusion:
 
     def __post_init__(self):
         self.context_length = self.text_encoders[0].config.context_length  # the encoder itself may leave memory
-        self.tokenizer = CLIPTokenizer(context_length=self.context_length)
+        self.tokenizers = [CLIPTokenizer(context_length=self.context_length)]
         self.guided = GuidedDenoiser(self.unet, self.controlnets)
 
-    def encode_text(self, texts: list) -> Tensor:
-        """Texts -> (B, 77, D) float32 context: last hidden states after the final norm."""
-        return self.text_encoders[0](Tensor(self.tokenizer(texts)))[0]
+    def encode_text(self, texts: list) -> Condition:
+        """B texts -> their tokens, the last hidden states after the final norm."""
+        return Condition(self.text_encoders[0](Tensor(self.tokenizers[0](texts)))[0])
+
+    def tell_sizes(self, text: Condition, sizes: np.ndarray) -> Condition:
+        """What B texts ask for in pictures of (B, 6) `sizes`, which SD-1.5 is not told; see `gm.conditioner.Sizes`."""
+        return text
+
+    def set_size(self, height: int, width: int) -> None:
+        """Of the pictures that `condition` is to ask for, in pixels."""
 
     def condition(self, texts: list) -> Condition:
         """What B texts alone ask for."""
-        return Condition(self.encode_text(texts))
+        return self.encode_text(texts)
 
     def encode_image(self, image: np.ndarray) -> Tensor:
         """(B, 3, H, W) float32 in [-1, 1] -> (B, 4, H / 8, W / 8) scaled latents, the mode of the posterior."""
@@ -137,6 +145,18 @@ class LatentDiffusion:
             pixels = np.clip(image.transpose(1, 2, 0) / 2 + 0.5, 0, 1) * 255
             pictures.append(np.round(pixels).astype(np.uint8))
         return np.stack(pictures)
+
+    def timesteps(self, steps: int) -> np.ndarray:
+        """(S,) at which the network is asked by `sample`."""
+        return leading_timesteps(steps)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, level) -> Tensor:
+        """Clean latents as they are at a level of `sample`."""
+        return self.schedule.add_noise(clean, noise, level)
+
+    def sample(self, denoise: Callable, noise: Tensor, steps: int, keep: Callable | None = None) -> Iterable[Tensor]:
+        """Latents after each of S steps of the family's usual sampler, from unit noise; `keep` as in `sample_ddim`."""
+        return sample_ddim(denoise, noise, self.timesteps(steps), self.schedule, keep)
 
     def denoiser(self, cond: Condition, uncond: Condition, guidance_scale: float,
                  controls: list[Control] = ()) -> Callable:

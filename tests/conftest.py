@@ -1,6 +1,7 @@
 """Fixtures: small stand-in files, the checkpoint merged from them, and scripts run in this process or another."""
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from ip_adapter.cli import execute
+from ip_adapter.drawn_world import caption, draw, random_scene
 from ip_adapter.families import SD15, SDXL
 from ip_adapter.merge import merge
 from ip_adapter.standins import MINIATURE_XL, write_standins
@@ -60,6 +62,21 @@ def merged_xl(standins_xl, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A small data set of drawings with captions; a row in ten has no picture."""
+    folder = tmp_path_factory.mktemp("world")
+    with open(folder / "img_txt.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["dir", "text"])
+        for n in range(10):
+            scene = random_scene(np.random.default_rng([0, n]))
+            if n != 7:
+                draw(scene, 64).save(folder / f"{n}.png")
+            writer.writerow([f"{n}.png", caption(scene)])
+    return folder
+
+
 @pytest.fixture
 def picture(tmp_path) -> Path:
     """A small picture whose halves differ."""
@@ -94,6 +111,19 @@ def arrays(path) -> dict:
     """All tensors of a checkpoint file."""
     with open_checkpoint(path) as file:
         return {name: file.read(name) for name in file.tensors}
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    """The same names, and under each the same array."""
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def log_of(folder) -> list:
+    """The rows of a training's log."""
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def reference() -> dict:

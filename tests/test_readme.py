@@ -1,6 +1,7 @@
 """Every command of the README, and those of the user's document that exist so far, run on small stand-in files."""
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -42,10 +43,12 @@ SHORT = " --image_size 64 --train_batch_size 2 --max_steps 2 --ms_mode 1"  # or 
 FLAGS = {"train_sd.py": SHORT, "train_demo.py": SHORT.replace("64", "32"), "draw_world.py": " --count 4 --size 64",
          "evaluate.py": " --count 1 --variations 1 --size 64 --sampling_steps 2",
          "evaluate_demo.py": " --count 2 --variations 1 --steps 2 --ms_mode 1", "merge_ckpts_sd.py": "",
-         "merge_ckpts_sdxl.py": "", "convert_checkpoint.py": "",
+         "merge_ckpts_sdxl.py": "", "convert_checkpoint.py": "", "prepare_coco.py": "",
+         "train_sdxl.py": SHORT + " --config small_xl_training.yaml",
          "image_variation_sdxl.py": SMALL + " --config small_xl.yaml",
          "controlnet_sdxl.py": SMALL + " --config small_xl.yaml"}
 STAGE_FILE = r"(runs/demo_\w+/ckpt/\w+-)\d+\."  # of a stage of the demo's training, which SHORT ends at step 2
+TIMED_FILE = r"runs/YYYY\.mm\.DD-HH:MM:SS/(weights/SDXL-base-1.0-)200000"  # of SDXL's training, likewise
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,11 @@ def workplace(standins, standins_xl, merged, tmp_path_factory):
     pokemon.mkdir(parents=True)
     Image.open(DATA / "input.png").convert("RGB").save(pokemon / "img1.jpg")
     (pokemon / "img_txt.csv").write_text("dir,text\nimg1.jpg,a red circle\n")
-    shutil.copytree(pokemon, folder / "COCO2017" / "val2017")
+    for name in ("val2017", "train2017"):
+        shutil.copytree(pokemon, folder / "COCO2017" / name)
+    (folder / "COCO2017" / "annotations").mkdir()
+    (folder / "COCO2017" / "annotations" / "captions_train2017.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "img1.jpg"}], "annotations": [{"image_id": 1, "caption": "a red circle"}]}))
     write_clip_standin(folder / "checkpoints" / "clip-vit-large-patch14" / "model.safetensors")
     shutil.copy(standins["controlnet"], models / "control_v11p_sd15_canny.safetensors")
     shutil.copy(standins["ip_adapter"], models / "IP-Adapter" / "ip-adapter_sd15_light.safetensors")
@@ -74,8 +81,10 @@ def workplace(standins, standins_xl, merged, tmp_path_factory):
     vit_h = write_standins(tmp_path_factory.mktemp("vit-h"), sizes, family=SDXL)["ip_adapter"]
     shutil.copy(vit_h, xl / "IP-Adapter" / "ip-adapter_sdxl_vit-h.safetensors")
     # The heads of the small UNet are narrower than SDXL's.
-    config = (ROOT / "configs" / "inference" / "sd_xl_base.yaml").read_text()
-    (folder / "small_xl.yaml").write_text(config.replace("num_head_channels: 64", "num_head_channels: 32"))
+    for kind, name, small in (("inference", "sd_xl_base", "small_xl"),
+                              ("training", "sd_xl_base_finetune_910b", "small_xl_training")):
+        config = (ROOT / "configs" / kind / f"{name}.yaml").read_text()
+        (folder / f"{small}.yaml").write_text(config.replace("num_head_channels: 64", "num_head_channels: 32"))
     for script in [ROOT / "tools", *ROOT.glob("*_sd.py"), *ROOT.glob("*_sdxl.py")]:
         (folder / script.name).symlink_to(script)
     return folder
@@ -86,7 +95,11 @@ def test_command(workplace, command):
     """In the order of the page: each finds what those before it made."""
     script = re.search(r"(\w+\.py)", command).group(1)
     small = "" if command.endswith("-h") else FLAGS.get(script, SMALL)
-    result = shell(*shlex.split(re.sub(STAGE_FILE, r"\g<1>2.", command) + small), cwd=workplace)
+    timed = sorted((workplace / "runs").glob("????.??.??-??:??:??"))
+    command = re.sub(STAGE_FILE, r"\g<1>2.", command)
+    if timed:
+        command = re.sub(TIMED_FILE, rf"runs/{timed[0].name}/\g<1>2", command)
+    result = shell(*shlex.split(command + small), cwd=workplace)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
 
@@ -101,6 +114,10 @@ def test_outputs_are_where_the_page_says(workplace):
     for run in ("runs", "runs/scratch", "runs/two", "runs/demo", "runs/demo_adapter"):
         assert {path.name for path in (workplace / run / "ckpt").iterdir()} >= {"sd-2.ckpt", "sd-2.safetensors"}
     assert (workplace / "outputs/demo/SD/grid-00000.png").exists()
+    for run in (workplace / "runs").glob("????.??.??-??:??:??"):
+        assert (run / "weights" / "SDXL-base-1.0-2_ip_only.ckpt").exists()
+    assert len(list((workplace / "runs").glob("????.??.??-??:??:??/weights/SDXL-base-1.0-2_full.ckpt"))) == 1
+    assert (workplace / "COCO2017/train2017/img_txt.csv").read_text() == "dir,text\nimg1.jpg,a red circle\n"
 
 
 def test_the_first_command_makes_pictures(tmp_path):

@@ -1,7 +1,6 @@
 """train_sd.py end to end: it learns, goes on exactly after any stop, and what it writes is used everywhere."""
 from __future__ import annotations
 
-import csv
 import random
 import re
 import signal
@@ -16,27 +15,11 @@ from PIL import Image
 import image_variation_sd
 from ip_adapter.cli import config_from
 from ip_adapter.config import TrainingConfig
-from ip_adapter.drawn_world import caption, draw, random_scene
 from ip_adapter.families import SD15
 from ip_adapter.merge import merge
-from ip_adapter.training_cli import TRAINING_SD, training_parser
-from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures, psnr
+from ip_adapter.training_cli import TRAINING, training_parser
+from tests.conftest import DATA, ROOT, arrays, assert_equal, assert_mistakes, log_of, pictures, psnr
 from train_sd import main
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A small data set; a row in ten has no picture."""
-    folder = tmp_path_factory.mktemp("world")
-    with open(folder / "img_txt.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["dir", "text"])
-        for n in range(10):
-            scene = random_scene(np.random.default_rng([0, n]))
-            if n != 7:
-                draw(scene, 64).save(folder / f"{n}.png")
-            writer.writerow([f"{n}.png", caption(scene)])
-    return folder
 
 
 @pytest.fixture
@@ -47,17 +30,6 @@ def words(world, merged):
 
 def parameters(folder) -> dict:
     return arrays(folder / "ckpt" / "train_resume.ckpt")
-
-
-def assert_equal(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def log_of(folder) -> list:
-    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def test_going_on_is_exact(words, tmp_path, outcome):
@@ -239,8 +211,8 @@ def test_ctrl_c_saves_and_says_so(words, tmp_path):
 
 
 def test_every_setting_is_a_flag():
-    version, config = config_from([], TrainingConfig, TRAINING_SD)
-    args = training_parser("", version, config, TRAINING_SD).parse_args(
+    version, config = config_from([], TrainingConfig, TRAINING[SD15.name])
+    args = training_parser("", version, config, TRAINING[SD15.name]).parse_args(
         ["--data_path", "x", "--per_batch_size", "3", "--random_crop", "True", "--start_learning_rate", "1e-5"])
     assert (args.train_batch_size, args.random_crop, args.start_learning_rate) == (3, True, 1e-5)
     assert set(vars(config)) - {"name", "model"} <= set(vars(args))

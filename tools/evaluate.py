@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
-    INFERENCE_SD,
+    EITHER,
     Parser,
     add_config_flags,
     add_device_flags,
@@ -33,7 +33,7 @@ from ldm.device import default_dtype, start_device  # noqa: E402
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, make and score the pictures, print the table."""
-    version, config = config_from(argv)
+    version, config = config_from(argv, versions=EITHER)
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder with picture prompts and img_txt.csv (columns dir,text)")
@@ -56,7 +56,7 @@ def main(argv: list | None = None) -> None:
     add("--size", type=multiple_of_8, default=config.sampling.H, help="side of the pictures in pixels")
     add("--seed", type=in_range(int, 0, 2**63), default=42, help="picture n is made from seed + n")
     add("--max_broken", type=in_range(int, 0, 10**9), default=100, help="so many unreadable pictures are skipped")
-    add_config_flags(parser, version, INFERENCE_SD)
+    add_config_flags(parser, version, EITHER)
     add_device_flags(parser, "0 on Ascend, 1 on the CPU")
     args = parser.parse_args(argv)
     start_logging(args.log_level)
@@ -65,7 +65,8 @@ def main(argv: list | None = None) -> None:
     dataset = ImageTextDataset(args.images, args.size, max_broken=args.max_broken, flag="--images")
     weights = default_weights(args, config)
     evaluation = Evaluation(args, weights, dataset)
-    model = build_model(weights, config.model, args.dtype or default_dtype(), ExtraParts(args.ip_adapter))
+    model = build_model(weights, config.model, args.dtype or default_dtype(), ExtraParts(args.ip_adapter),
+                        family=None)
     scorer = open_scorer(args.clip, args.clip_activation) if args.clip else own_scorer(model)
     logging.info("%s", evaluation.run(model, scorer))
 

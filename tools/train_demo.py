@@ -17,6 +17,7 @@ from ip_adapter.demo_training import STAGES, demo_start  # noqa: E402
 from ip_adapter.training import AdamW, TrainStep  # noqa: E402
 from ip_adapter.training_cli import TRAINING_DEMO, start_training, training_parser  # noqa: E402
 from ip_adapter.training_run import TrainingRun, optimizer_config  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
@@ -25,7 +26,10 @@ def main(argv: list | None = None) -> None:
     parser = training_parser(__doc__, part, config, TRAINING_DEMO, "--part")
     parser.add_argument("--vae", type=existing_file, help="checkpoint with the autoencoder, if it is another one")
     args = parser.parse_args(argv)
-    group = start_training(args)
+    if args.buckets or args.recompute:
+        raise UserError("--buckets and --recompute are for adapters; the demo model is trained without them")
+    (family, stage_of), name = STAGES[part], f"ckpt/{part}-{{}}"
+    group = start_training(args, name)
 
     dataset = ImageTextDataset(args.data_path, args.image_size, args.random_crop, args.max_broken)
     stream = Stream(len(dataset), args.train_batch_size, args.seed, group.size, group.rank)
@@ -33,11 +37,12 @@ def main(argv: list | None = None) -> None:
         weights = first_existing([args.pretrained_model_path], "--pretrained_model_path")
     else:
         weights = Path(args.output_path) / "start.ckpt"
-        demo_start(weights, args.seed)
-    model = build_model(weights, config.model, args.dtype, ExtraParts(vae=args.vae), train_adapter=True)
-    stage = STAGES[part](model, dataset, args)
+        demo_start(weights, args.seed, family)
+    model = build_model(weights, config.model, args.dtype, ExtraParts(vae=args.vae), train_adapter=True,
+                        family=family)
+    stage = stage_of(model, dataset, args)
     optimizer = AdamW(stage.parameters, optimizer_config(args))
-    run = TrainingRun(args, optimizer, len(dataset), stage.publish, part, group)
+    run = TrainingRun(args, optimizer, len(dataset), stage.publish, name, group)
     step = TrainStep(stage.loss, optimizer, args.gradient_accumulation_steps, group.size)
     first = run.step * args.gradient_accumulation_steps
     with Loader(stream, stage.make, first, args.num_workers, collate=stage.collate) as loader:

@@ -22,8 +22,8 @@ FUSED_HEAD_SIZE = 256
 class Attention(nn.Cell):
     """softmax(q k^T / sqrt(d)) v over several heads.
 
-    On Ascend in float16 it is the fused operator; elsewhere heads are taken in portions, so that the scores need no
-    more than `SCORE_ELEMENTS`, or one head. Softmax runs in float32.
+    On Ascend in float16 it is the fused operator; elsewhere heads, and of large pictures queries, are taken in
+    portions, so that the scores need no more than `SCORE_ELEMENTS`. Softmax runs in float32.
 
     Args:
         num_heads: heads h; the width must be a multiple of it.
@@ -66,14 +66,23 @@ class Attention(nn.Cell):
     def _portions(self, q: Tensor, k: Tensor, v: Tensor, mask, groups: int, queries: int, tokens: int) -> Tensor:
         """The product over all `groups` = B h, in portions of at most SCORE_ELEMENTS scores."""
         together = max(1, SCORE_ELEMENTS // (queries * tokens))
-        if together >= groups:
+        if together >= groups and queries * tokens <= SCORE_ELEMENTS:
             return self._product(q, k, v, mask)
         while groups % together:
             together -= 1
-        parts = []
+        rows, parts = max(1, SCORE_ELEMENTS // tokens), []
         for a, b, c in zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0)):
-            parts.append(self._product(a, b, c, mask))
+            parts.append(self._product(a, b, c, mask) if rows >= queries else self._by_queries(a, b, c, mask, rows))
         return ops.concat(parts, 0)
+
+    def _by_queries(self, q: Tensor, k: Tensor, v: Tensor, mask, rows: int) -> Tensor:
+        """The product of one head with many queries, `rows` of them at a time."""
+        parts, queries = [], q.shape[1]
+        for first in range(0, queries, rows):
+            count = min(rows, queries - first)
+            masked = None if mask is None else ops.narrow(mask, 0, first, count)
+            parts.append(self._product(ops.narrow(q, 1, first, count), k, v, masked))
+        return ops.concat(parts, 1)
 
     def _product(self, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
         scores = self.scores(q, k).astype(mstype.float32)

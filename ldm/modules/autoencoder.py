@@ -7,7 +7,7 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from ldm.modules.attention import Attention
-from ldm.modules.layers import Conv2d, GroupNorm, Upsample, silu
+from ldm.modules.layers import Conv2d, GroupNorm, Upsample, normed_conv
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class ResnetBlock(nn.Cell):
         self.nin_shortcut = Conv2d(channels, out_channels, 1, dtype=dtype) if self.project else None
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.conv1(silu(self.norm1(x)))
-        y = self.conv2(silu(self.norm2(y)))
+        y = normed_conv(self.norm2, self.conv2, normed_conv(self.norm1, self.conv1, x))
         return (self.nin_shortcut(x) if self.project else x) + y
 
 
@@ -129,7 +128,7 @@ class Encoder(nn.Cell):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(silu(self.norm_out(self.mid(x))))
+        return normed_conv(self.norm_out, self.conv_out, self.mid(x))
 
 
 class Decoder(nn.Cell):
@@ -151,7 +150,7 @@ class Decoder(nn.Cell):
         x = self.mid(self.conv_in(z))
         for i in range(len(self.up)):
             x = self.up[len(self.up) - 1 - i](x)
-        return self.conv_out(silu(self.norm_out(x)))
+        return normed_conv(self.norm_out, self.conv_out, x)
 
 
 class AutoencoderKL(nn.Cell):

@@ -15,6 +15,8 @@ from ldm.device import on_ascend
 COLUMN_ELEMENTS = 1 << 24
 # Up to this many output positions one product over the whole batch beats one per picture.
 SMALL_MAP = 256
+# Of larger maps, in elements (256 MiB of float32), what lies between norm and convolution is made in row blocks.
+MAP_ELEMENTS = 1 << 26
 
 
 def _weight(shape: tuple[int, ...], dtype) -> Parameter:
@@ -139,6 +141,26 @@ class GroupNorm(nn.Cell):
         y = ops.group_norm(x.astype(mstype.float32), self.groups, self.gamma, self.beta, self.epsilon)
         return y.astype(x.dtype)
 
+    def affine(self, x: Tensor, rows: int) -> tuple:
+        """Gain and shift, (B, C, 1, 1) float32: x * gain + shift is what `construct` gives. Reads `rows` at a time."""
+        batch, channels, height, width = x.shape
+        size = channels // self.groups * height * width
+        mean = self._total(x, rows, ops.zeros((batch, self.groups, 1), mstype.float32), False) / size
+        deviation = ops.sqrt(self._total(x, rows, mean, True) / size + self.epsilon)
+        mean, deviation = (ops.repeat_elements(part, channels // self.groups, 1).reshape((batch, channels, 1, 1))
+                           for part in (mean, deviation))
+        gain = self.gamma.reshape((1, channels, 1, 1)) / deviation
+        return gain, self.beta.reshape((1, channels, 1, 1)) - mean * gain
+
+    def _total(self, x: Tensor, rows: int, mean: Tensor, squared: bool) -> Tensor:
+        """(B, groups, 1): the sum over each group of x - mean, or of its square."""
+        total = 0.0
+        for first in range(0, x.shape[2], rows):
+            block = ops.narrow(x, 2, first, min(rows, x.shape[2] - first)).astype(mstype.float32)
+            block = block.reshape((x.shape[0], self.groups, -1)) - mean
+            total = total + (ops.square(block) if squared else block).sum(-1, keepdims=True)
+        return total
+
 
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last axis in float32, whatever the input's dtype."""
@@ -176,7 +198,38 @@ class Upsample(nn.Cell):
         self.conv = Conv2d(channels, channels, 3, padding=1, dtype=dtype)
 
     def construct(self, x: Tensor, height: int, width: int) -> Tensor:
-        return self.conv(ops.interpolate(x, size=(height, width), mode="nearest"))
+        rows = rows_of(x.shape[0] * x.shape[1] * width * height // x.shape[2], x.shape[2])
+        if rows == x.shape[2] or height != 2 * x.shape[2]:
+            return self.conv(ops.interpolate(x, size=(height, width), mode="nearest"))
+        blocks = []
+        for first, count, low, end in row_blocks(x.shape[2], rows):
+            block = ops.interpolate(ops.narrow(x, 2, low, end - low), size=(2 * (end - low), width), mode="nearest")
+            blocks.append(ops.narrow(self.conv(block), 2, 2 * (first - low), 2 * count))
+        return ops.concat(blocks, 2)
+
+
+def normed_conv(norm: GroupNorm, conv: Conv2d, x: Tensor) -> Tensor:
+    """conv(silu(norm(x))) of a 3x3 convolution; of a large map never more than a row block is normalised at a time."""
+    rows = rows_of(x.shape[0] * x.shape[1] * x.shape[3], x.shape[2])
+    if rows == x.shape[2]:
+        return conv(silu(norm(x)))
+    gain, shift = norm.affine(x, rows)
+    blocks = []
+    for first, count, low, end in row_blocks(x.shape[2], rows):
+        block = ops.narrow(x, 2, low, end - low).astype(mstype.float32) * gain + shift
+        blocks.append(ops.narrow(conv(silu(block.astype(x.dtype))), 2, first - low, count))
+    return ops.concat(blocks, 2)
+
+
+def rows_of(row_elements: int, height: int) -> int:
+    """How many of `height` rows are taken at a time."""
+    return min(height, max(1, MAP_ELEMENTS // row_elements))
+
+
+def row_blocks(height: int, rows: int) -> list:
+    """(first row, how many, first row read, end of what is read): a 3x3 convolution needs one more on each side."""
+    return [(first, min(rows, height - first), max(0, first - 1), min(height, first + rows + 1))
+            for first in range(0, height, rows)]
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:

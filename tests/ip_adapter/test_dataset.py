@@ -292,8 +292,7 @@ def test_batches_equal_plain_computation(six):
             assert batch.pixels.dtype == batch.clip_pixels.dtype == np.float32
             assert batch.texts == [sample.text for sample in samples]
             assert batch.rows.tolist() == [sample.index for sample in samples]
-            assert batch.crops.tolist() == [list(sample.crop) for sample in samples]
-            assert batch.original_sizes.tolist() == [[30, 40]] * 4
+            assert batch.sizes.tolist() == [[30, 40, *sample.crop, *sample.pixels.shape[1:]] for sample in samples]
 
 
 def numbers(step, positions, samples) -> tuple:

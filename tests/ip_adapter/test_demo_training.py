@@ -12,6 +12,7 @@ from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ModelConfig
 from ip_adapter.demo_training import (
     KL_WEIGHT,
+    STAGES,
     AutoencoderLoss,
     ContrastiveLoss,
     ControlNetLoss,
@@ -20,7 +21,7 @@ from ip_adapter.demo_training import (
     start_at_zero,
 )
 from ip_adapter.drawn_world import draw, random_scene, training_caption
-from ip_adapter.families import SD15
+from ip_adapter.families import SD15, SDXL
 from ip_adapter.merge import merge
 from ip_adapter.model_file import network_parameters, save_model
 from ip_adapter.patch import unpatch_cross_attention
@@ -88,7 +89,7 @@ def test_the_contrastive_loss(model):
         def construct(self, x):
             return x, x, self.value
 
-    loss = ContrastiveLoss(Text(a), Fixed(b))(Tensor(0.0), Tensor(0.0))
+    loss = ContrastiveLoss([Text(a), Text(a)], Fixed(b))(Tensor(0.0), Tensor(0.0), Tensor(0.0))
     logits = np.exp(np.log(1 / 0.07)) * unit(a) @ unit(b).T
     log_p = [np.diag(logits - np.log(np.exp(logits).sum(axis, keepdims=True))) for axis in (0, 1)]
     assert float(loss.asnumpy()) == pytest.approx(-np.mean(log_p), rel=1e-5)
@@ -132,7 +133,7 @@ def test_a_controlnet_starts_in_silence(model):
     controlnet = ControlNet(unet.config)
     start_at_zero(controlnet, r"^(zero_convs|middle_block_out)\.")
     batch = [Tensor(rng.standard_normal(shape).astype(np.float32)) for shape in (
-        (2, 4, 4, 4), (2,), (2, 4, 4, 4), (2, 77, MINIATURE.unet.context_dim))]
+        (2, 4, 4, 4), (2,), (2, 4, 4, 4), (2, 77, MINIATURE.unet.context_dim))] + [None]
     hint = Tensor(rng.uniform(0, 1, (2, 3, 32, 32)).astype(np.float32))
     with_hint, without = ControlNetLoss(unet, controlnet)(*batch, hint), NoisePredictionLoss(unet)(*batch)
     assert float(with_hint.asnumpy()) == pytest.approx(float(without.asnumpy()), rel=1e-6)
@@ -152,17 +153,21 @@ def test_a_saved_model_is_the_model(model, bare, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["vae", "decoder", "clip", "unet", "controlnet"])
-def test_every_stage(part, bare, world, tmp_path, outcome):
+@pytest.mark.parametrize("part", STAGES)
+def test_every_stage(part, bare, standins_xl, world, tmp_path, outcome):
     """Two steps, then one more after a resume: its own part has changed, the others have not, and it loads."""
     main = runpy.run_path(str(ROOT / "tools" / "train_demo.py"))["main"]
-    if part == "clip":  # in the stand-ins of the tests the two encoders do not fit each other
+    family, _ = STAGES[part]
+    if family is SDXL:
+        bare = tmp_path / "bare.ckpt"
+        merge(SDXL, **{**standins_xl, "ip_adapter": None, "controlnet": None}, out=bare, skip_ip=True)
+    if part.startswith("clip"):  # in the stand-ins of the tests the encoders do not fit each other
         bare = tmp_path / "start.ckpt"
-        demo_start(bare, 42)
+        demo_start(bare, 42, family)
     words = ["--part", part, "--data_path", world, "--pretrained_model_path", bare, "--image_size", "32", "--ms_mode",
              "1", "--train_batch_size", "2", "--output_path", tmp_path, "--cache_dir", tmp_path / "cache",
              "--warmup_steps", "0", "--ckpt_max_keep", "0", "--ema_decay", "0"]
-    if part in ("vae", "decoder", "clip"):
+    if part in ("vae", "decoder", "clip", "clip_xl"):
         words = [word for word in words if word not in ("--cache_dir", tmp_path / "cache")]
     status, said = outcome(main, *words, "--max_steps", "2")
     assert status == 0, said
@@ -172,10 +177,12 @@ def test_every_stage(part, bare, world, tmp_path, outcome):
     changed = {name.split(".")[0] for name, value in after.items()
                if name not in before or np.abs(value - before[name]).max() > 2e-3}
     assert changed == {{"vae": "first_stage_model", "decoder": "first_stage_model", "unet": "model",
-                        "controlnet": "model", "clip": "embedder"}[part]} | ({"cond_stage_model"} & changed)
+                        "controlnet": "model", "clip": "embedder", "unet_xl": "model", "controlnet_xl": "model",
+                        "clip_xl": "conditioner"}[part]} | ({"cond_stage_model"} & changed)
     assert ("cond_stage_model" in changed) == (part == "clip")
-    extra = ExtraParts(controlnets=[None]) if part == "controlnet" else ExtraParts()
-    assert build_model(tmp_path / "ckpt" / f"{part}-3.ckpt", ModelConfig(), extra=extra, train_adapter=True)
+    extra = ExtraParts(controlnets=[None] * part.startswith("controlnet"))
+    config = ModelConfig(num_heads=-1, num_head_channels=32) if family is SDXL else ModelConfig()
+    assert build_model(tmp_path / "ckpt" / f"{part}-3.ckpt", config, extra=extra, train_adapter=True, family=family)
 
 
 def test_a_mistake_is_one_line(bare, tmp_path, outcome):

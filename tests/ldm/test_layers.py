@@ -11,7 +11,16 @@ from mindspore import Tensor
 import ldm.modules.attention as attention
 import ldm.modules.layers as layers
 from ldm.modules.attention import GEGLU, Attention
-from ldm.modules.layers import Conv2d, GroupNorm, LayerNorm, Linear, Upsample, timestep_embedding
+from ldm.modules.layers import (
+    Conv2d,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    Upsample,
+    normed_conv,
+    row_blocks,
+    timestep_embedding,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -85,6 +94,40 @@ def test_linear(as_convolution):
     np.testing.assert_allclose(linear(Tensor(x)).asnumpy(), x @ weight.T + linear.bias.asnumpy(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
+@pytest.mark.parametrize("elements", [64 * 9 * 4, 64 * 9, 1])  # of a map of 2 x 64 x 7 x 9: two rows, less than one
+def test_row_blocks_change_nothing(monkeypatch, elements, mode):
+    norm, conv, up = GroupNorm(64), Conv2d(64, 6, 3, padding=1), Upsample(64)
+    for cell in (norm, conv, up.conv):
+        fill(cell)
+    x = Tensor(normal(2, 64, 7, 9) + 3)
+    expected = normed_conv(norm, conv, x).asnumpy(), up(x, 14, 18).asnumpy()
+    monkeypatch.setattr(layers, "MAP_ELEMENTS", elements)
+
+    class Both(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv, self.up = norm, conv, up
+
+        def construct(self, x):
+            return normed_conv(self.norm, self.conv, x), self.up(x, 14, 18)
+
+    ms.set_context(mode=mode)
+    try:
+        got = Both()(x)
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+    for one, wanted in zip(got, expected):
+        np.testing.assert_allclose(one.asnumpy(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_row_blocks_cover_every_row_once():
+    for height, rows in ((7, 2), (6, 3), (5, 1), (4, 9)):
+        blocks = row_blocks(height, rows)
+        assert [row for first, count, _, _ in blocks for row in range(first, first + count)] == list(range(height))
+        assert all((low, end) == (max(0, first - 1), min(height, first + rows + 1)) for first, _, low, end in blocks)
+
+
 def test_norms_run_in_float32_under_float16():
     x = normal(2, 64, 5, 4) * 300  # the squares overflow float16
     group = GroupNorm(64)
@@ -138,12 +181,15 @@ def attend_by_definition(q, k, v, heads, mask=0.0) -> np.ndarray:
     return y.transpose(0, 2, 1, 3).reshape(y.shape[0], y.shape[2], -1)
 
 
-@pytest.mark.parametrize("limit", [1 << 24, 700, 10])  # all heads at once, some, one by one
+@pytest.mark.parametrize("limit", [1 << 24, 200, 63, 30, 3])  # all heads at once, some, one by one, parts of one
 def test_attention(monkeypatch, limit):
     monkeypatch.setattr(attention, "SCORE_ELEMENTS", limit)
     q, k, v = normal(2, 9, 12), normal(2, 7, 12), normal(2, 7, 12)
     y = Attention(3)(Tensor(q), Tensor(k), Tensor(v)).asnumpy()
     np.testing.assert_allclose(y, attend_by_definition(q, k, v, 3), rtol=1e-4, atol=1e-5)
+    mask = normal(9, 7)
+    y = Attention(3)(Tensor(q), Tensor(k), Tensor(v), Tensor(mask)).asnumpy()
+    np.testing.assert_allclose(y, attend_by_definition(q, k, v, 3, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_attention_with_a_mask():

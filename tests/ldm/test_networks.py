@@ -35,8 +35,8 @@ def assert_close(value, expected, tolerance=1e-4):
 
 
 def test_text_encoder(model, expected):
-    assert_close(model.diffusion.encode_text(PROMPTS).asnumpy(), expected["text_cond"])
-    assert_close(model.diffusion.encode_text(NEGATIVE).asnumpy(), expected["text_uncond"])
+    assert_close(model.diffusion.encode_text(PROMPTS).context.asnumpy(), expected["text_cond"])
+    assert_close(model.diffusion.encode_text(NEGATIVE).context.asnumpy(), expected["text_uncond"])
 
 
 def test_picture_input(expected):

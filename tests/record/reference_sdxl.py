@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -122,23 +124,36 @@ def load_text_encoders(path: str) -> tuple:
     return first, fill(CLIPTextModelWithProjection, config, named, DTYPE)
 
 
-def build_pipeline(args: argparse.Namespace) -> StableDiffusionXLPipeline:
-    """All networks, with the adapter loaded by diffusers' own loader."""
+def encode(args: argparse.Namespace) -> dict:
+    """What the pipeline is given in place of texts and picture, so that the encoders are gone when the UNet is read."""
     first, second = load_text_encoders(args.base)
     tokenizer, tokenizer_2 = load_tokenizer(args.tokenizer), load_tokenizer(args.tokenizer)
     tokenizer_2.pad_token = "!"  # id 0
+    pipe = StableDiffusionXLPipeline(None, first, second, tokenizer, tokenizer_2, None, None, add_watermarker=False,
+                                     force_zeros_for_empty_prompt=False)
+    names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+    given = dict(zip(names, pipe.encode_prompt(clean(args.prompt), device="cpu", num_images_per_prompt=1,
+                                               negative_prompt=clean(args.negative_prompt))))
+    del pipe, first, second
     image_encoder = load_image_encoder(args.image_encoder, DTYPE)
     size = image_encoder.config.image_size
+    pipe = StableDiffusionXLPipeline(
+        None, None, None, None, None, None, None, image_encoder=image_encoder, add_watermarker=False,
+        feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size))
+    embedding, zeros = pipe.encode_image(load_image(args.img), "cpu", 1)
+    return {**given, "ip_adapter_image_embeds": [torch.stack([zeros, embedding])]}
+
+
+def build_pipeline(args: argparse.Namespace) -> StableDiffusionXLPipeline:
+    """UNet, autoencoder and ControlNet, with the adapter loaded by diffusers' own loader."""
     vae: AutoencoderKL = load_vae(args.base, args.vae, DTYPE)
     vae.register_to_config(scaling_factor=0.13025)
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                        timestep_spacing="leading", steps_offset=1)
     make = StableDiffusionXLControlNetPipeline if args.controlnet else StableDiffusionXLPipeline
     more = {"controlnet": load_controlnet(args.controlnet, args.head_channels)} if args.controlnet else {}
-    pipe = make(vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizer, tokenizer_2=tokenizer_2,
-                unet=load_unet(args.base, args.head_channels), scheduler=scheduler, image_encoder=image_encoder,
-                feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size),
-                force_zeros_for_empty_prompt=False, add_watermarker=False, **more)
+    pipe = make(vae=vae, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, scheduler=scheduler,
+                unet=load_unet(args.base, args.head_channels), add_watermarker=False, **more)
     load_adapter(pipe, args.ip_adapter, args.ip_scale, DTYPE)
     return pipe
 
@@ -146,6 +161,8 @@ def build_pipeline(args: argparse.Namespace) -> StableDiffusionXLPipeline:
 def main() -> None:
     """Make a picture for each starting noise."""
     args = parse_args()
+    with torch.no_grad():
+        given = encode(args)
     pipe = build_pipeline(args)
     latents = torch.from_numpy(np.load(args.latents))
     args.output.mkdir(parents=True, exist_ok=True)
@@ -154,10 +171,19 @@ def main() -> None:
         words = {"image": load_image(args.control_image), "controlnet_conditioning_scale": args.control_scale}
     with torch.no_grad():
         for n, noise in enumerate(latents):
-            picture = pipe(prompt=clean(args.prompt), negative_prompt=clean(args.negative_prompt), height=args.H,
-                           width=args.W, num_inference_steps=args.sample_step, guidance_scale=args.guidance_scale,
-                           latents=noise[None].clone(), ip_adapter_image=load_image(args.img), **words).images[0]
+            started = time.time()
+            picture = pipe(height=args.H, width=args.W, num_inference_steps=args.sample_step,
+                           latents=noise[None].clone(), guidance_scale=args.guidance_scale, callback_on_step_end=said,
+                           **given, **words).images[0]
             picture.save(args.output / f"{n:05d}.png")
+            print(f"picture {n}: {time.time() - started:.1f} s, peak "
+                  f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+
+
+def said(pipe: StableDiffusionXLPipeline, step: int, timestep: torch.Tensor, values: dict) -> dict:
+    """Print when a step is done."""
+    print(f"step {step + 1} at {time.perf_counter():.1f} s", flush=True)
+    return values
 
 
 if __name__ == "__main__":

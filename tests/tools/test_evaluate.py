@@ -32,6 +32,14 @@ def words(world, merged, tmp_path):
             "--variations", "2", "--ms_mode", "1"]
 
 
+def test_sdxl_is_told_from_the_file(words, merged_xl, tmp_path, outcome):
+    config = tmp_path / "small.yaml"
+    config.write_text((ROOT / "configs/inference/sd_xl_base.yaml").read_text().replace(
+        "num_head_channels: 64", "num_head_channels: 32"))
+    status, said = outcome(MAIN, *words, "--weights", merged_xl, "--version", "xl", "--config", config, "--count", "1")
+    assert status == 0 and "1 picture prompts x 2" in said, said
+
+
 def test_it_goes_on_and_gives_one_table(words, tmp_path, outcome):
     write_clip_standin(tmp_path / "clip.safetensors")
     words += ["--clip", tmp_path / "clip.safetensors"]

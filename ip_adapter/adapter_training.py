@@ -1,0 +1,77 @@
+"""Training of an adapter, from scratch or further, on pictures with captions: what both training scripts do."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from ip_adapter.adapter_file import adapter_parameters, save_adapter
+from ip_adapter.buckets import BucketStream, find_buckets, one_bucket
+from ip_adapter.build import build_model
+from ip_adapter.cli import config_from, first_existing
+from ip_adapter.config import TrainingConfig
+from ip_adapter.dataset import Batch, ImageTextDataset, Loader, draws, samples_of, stack
+from ip_adapter.families import Family
+from ip_adapter.feature_cache import FeatureBatch, FeatureCache
+from ip_adapter.features import FrozenEncoders, training_inputs
+from ip_adapter.training import AdamW, NoisePredictionLoss, TrainStep, recompute_blocks
+from ip_adapter.training_cli import TRAINING, start_training, training_parser
+from ip_adapter.training_run import TrainingRun, optimizer_config
+from ip_adapter.validation import Validation
+from ldm.parallel import Group
+
+
+def training_script(description: str, family: Family, argv: list | None = None) -> None:
+    """Parse the flags of a training script, build the model, train, save.
+
+    Args:
+        description: of the script.
+        family: of the model.
+        argv: the words of the command line, None for those of this process.
+    """
+    versions = TRAINING[family.name]
+    version, config = config_from(argv, TrainingConfig, versions)
+    args = training_parser(description, version, config, versions).parse_args(argv)
+    train_adapter(args, config, family, start_training(args, family.finetuned))
+
+
+def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Family, group: Group) -> None:
+    """Train what `adapter_parameters` names; see `ip_adapter.training_cli.training_parser` for `args`."""
+    dataset = ImageTextDataset(args.data_path, args.image_size, args.random_crop, args.max_broken)
+    buckets = one_bucket(len(dataset), args.image_size)
+    if args.buckets:
+        buckets = find_buckets(dataset, args.image_size, args.train_batch_size * group.size, args.num_workers)
+        dataset.size_of_row = lambda row: buckets.sizes[buckets.of_row[row]]
+    stream = BucketStream(buckets, args.train_batch_size, args.seed, group.size, group.rank)
+    weights = first_existing([args.pretrained_model_path], "--pretrained_model_path", f"make it with {family.tool}")
+    model = build_model(Path(weights), config.model, args.dtype, train_adapter=True, family=family)
+    optimizer = AdamW(adapter_parameters(model), optimizer_config(args))
+    validation = Validation(args, model) if args.validation_interval and group.rank == 0 else None
+    run = TrainingRun(args, optimizer, len(dataset), lambda path, trained: save_adapter(path, trained, model),
+                      family.finetuned, group, validation)
+    if args.recompute:
+        recompute_blocks(model.diffusion.unet)
+    loss = NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj,
+                               model.diffusion.schedule.loss_weights(args.p2_k))
+    step = TrainStep(loss, optimizer, args.gradient_accumulation_steps, group.size)
+    encoders = FrozenEncoders(model)
+    first, make, collate = run.step * args.gradient_accumulation_steps, samples_of(dataset, args.seed), stack
+    if args.cache_dir:
+        caches = [FeatureCache(Path(args.cache_dir), encoders, size) for size in buckets.sizes]
+        for cache, rows in zip(caches, buckets.members):
+            cache.fill(dataset, args.train_batch_size, rows)
+        encoders.release(keep_vae=validation is not None)
+        collate = caches[0].collate
+
+        def make(row: int, position: int) -> np.ndarray:
+            return caches[buckets.of_row[row]].sample(row, position)
+
+    def inputs(batch: Batch | FeatureBatch) -> tuple:
+        features = batch.features if args.cache_dir else encoders.features(batch)
+        drawn = [draws(args.seed, int(position), features.mean.shape[1:], args.drop_image_prob, args.drop_text_prob,
+                       args.drop_both_prob) for position in batch.positions]
+        return training_inputs(features, drawn, encoders.empty_text, model.diffusion)
+
+    with Loader(stream, make, first, args.num_workers, collate=collate) as loader:
+        run.train(step, loader, inputs)
