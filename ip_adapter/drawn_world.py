@@ -79,10 +79,15 @@ class Seen:
     mask: np.ndarray
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """A shape that lies within the picture, in another colour than the ground. Four decimals, so text keeps it."""
+def random_scene(rng: np.random.Generator, colour_rng: np.random.Generator | None = None) -> Scene:
+    """A shape that lies within the picture, in another colour than the ground. Four decimals, so text keeps it.
+
+    Args:
+        rng: draws everything.
+        colour_rng: draws the two colours in its place.
+    """
     shape = SHAPES[rng.integers(len(SHAPES))]
-    colour, ground = rng.choice(list(COLOURS), 2, replace=False)
+    colour, ground = (colour_rng or rng).choice(list(COLOURS), 2, replace=False)
     size = rng.uniform(*SIZES)
     x, y = rng.uniform(size + MARGIN, 1 - size - MARGIN, 2)
     return Scene(shape, str(colour), str(ground), *(round(float(v), 4) for v in (x, y, size, rng.uniform(-LEAN, LEAN))))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ip_adapter.drawn_world import draw, random_scene
-from tests.conftest import MPI_FLAGS, ROOT
-from tests.test_train_sd import log_of, parameters
+from tests.conftest import MPI_FLAGS, ROOT, arrays, log_of
+from tests.test_train_sd import parameters
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +34,21 @@ def words(merged, tmp_path_factory):
             "--ms_mode", "1", "--cpu_threads", "1"]
 
 
+@pytest.fixture
+def words_xl(merged_xl, tmp_path):
+    """Pictures of two proportions, in buckets."""
+    config, rows = tmp_path / "small.yaml", ["dir,text"]
+    config.write_text((ROOT / "configs/training/sd_xl_base_finetune_910b.yaml").read_text().replace(
+        "num_head_channels: 64", "num_head_channels: 32"))
+    for n in range(8):
+        picture = draw(random_scene(np.random.default_rng(n)), 64)
+        picture.resize((64, 32) if n % 2 else (32, 64)).save(tmp_path / f"{n}.png")
+        rows.append(f"{n}.png,a shape")
+    (tmp_path / "img_txt.csv").write_text("\n".join(rows) + "\n")
+    return ["--data_path", tmp_path, "--weight", merged_xl, "--config", config, "--image_size", "64", "--buckets",
+            "True", "--ms_mode", "1", "--cpu_threads", "1"]
+
+
 def start(*words) -> subprocess.Popen:
     """In a session of its own, so that nothing of the job can outlive the test."""
     return subprocess.Popen([str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -49,16 +64,19 @@ def finish(process: subprocess.Popen, seconds: int = 240) -> tuple:
     return process.returncode, out + said
 
 
-def test_two_processes_equal_one_with_twice_the_batch(words, tmp_path):
+@pytest.mark.parametrize("script, fixture, weights", [("train_sd.py", "words", "ckpt"),
+                                                      ("train_sdxl.py", "words_xl", "weights")])
+def test_two_processes_equal_one_with_twice_the_batch(script, fixture, weights, tmp_path, request):
     """Under mpirun, and cached features made by both at once; one process goes on where two have stopped."""
+    words = request.getfixturevalue(fixture)
     steps = ["--max_steps", "4", "--ckpt_save_interval", "2", "--cache_dir", tmp_path / "cache"]
-    one = finish(start(sys.executable, "train_sd.py", *words, *steps, "--train_batch_size", "4", "--output_path",
+    one = finish(start(sys.executable, script, *words, *steps, "--train_batch_size", "4", "--output_path",
                        tmp_path / "one"))
-    two = finish(start(*MPIRUN, "train_sd.py", *words, *steps, "--train_batch_size", "2", "--output_path",
+    two = finish(start(*MPIRUN, script, *words, *steps, "--train_batch_size", "2", "--output_path",
                        tmp_path / "two", "--is_parallel", "True"))
     assert one[0] == two[0] == 0, one[1] + two[1]
     assert two[1].count("4 steps in") == 1  # rank 0 speaks for all
-    a, b = parameters(tmp_path / "one"), parameters(tmp_path / "two")
+    a, b = (arrays(tmp_path / name / weights / "train_resume.ckpt") for name in ("one", "two"))
     for name in a:  # AdamW divides by the gradient's size, so where that is near 0 rounding shows in full
         kind, apart = name.split(".")[0], np.abs(a[name] - b[name])
         if kind in ("mean", "square"):
@@ -69,9 +87,9 @@ def test_two_processes_equal_one_with_twice_the_batch(words, tmp_path):
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     for row, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
         assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
-    assert {path.name for path in (tmp_path / "two" / "ckpt").iterdir()} == {
-        path.name for path in (tmp_path / "one" / "ckpt").iterdir()}
-    status, said = finish(start(sys.executable, "train_sd.py", *words, *steps, "--train_batch_size", "4",
+    assert {path.name for path in (tmp_path / "two" / weights).iterdir()} == {
+        path.name for path in (tmp_path / "one" / weights).iterdir()}
+    status, said = finish(start(sys.executable, script, *words, *steps, "--train_batch_size", "4",
                                 "--output_path", tmp_path / "two", "--max_steps", "5", "--resume", "True"))
     assert status == 0 and "going on after step 4 of 5" in said, said
 

@@ -32,8 +32,14 @@ DOCUMENT = [
     "python controlnet_sd.py --img assets/girl.png --control_img assets/structure_controls/openpose.png",
     "python image_variation_sdxl.py --img assets/woman.png --prompt 'best quality, high quality, wearing sunglasses "
     "on the beach' --num_cols 4 --ip_scale 0.6 --seed 43",
+    "python tools/merge_ckpts_sdxl.py "
+    "--ip_adapter checkpoints/sdxl_models/IP-Adapter/ip-adapter_sdxl_vit-h.safetensors "
+    "--open_clip_vit checkpoints/sd_models/IP-Adapter/image_encoder/model.safetensors --controlnet "
+    "checkpoints/sdxl_models/controlnet-depth-sdxl-1.0/diffusion_pytorch_model.safetensors",
+    "python controlnet_sdxl.py --img assets/statue.png --control_img assets/structure_controls/depth.png --ncols 3 "
+    "--seed 0",
 ]
-XL_PICTURES = 4 + 1 + 1 + 3 + 4  # of the page's commands, then of the document's
+XL_PICTURES = 4 + 1 + 1 + 3 + 4 + 3  # of the page's commands, then of the document's
 PICTURES = {"woman.png": "input.png", "river.png": "input.png", "vermeer.jpg": "input.png", "girl.png": "input.png",
             "statue.png": "input.png", "inpainting/image.png": "input.png", "inpainting/mask.png": "mask.png",
             "structure_controls/depth.png": "hint.png", "structure_controls/openpose.png": "hint.png"}

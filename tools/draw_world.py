@@ -4,6 +4,7 @@ python tools/draw_world.py --out datasets/drawn_world --count 5000
 """
 from __future__ import annotations
 
+import argparse
 import csv
 import logging
 import sys
@@ -17,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
 from ip_adapter.cli import Parser, execute, in_range, start_logging  # noqa: E402
-from ip_adapter.drawn_world import draw, random_scene, training_caption  # noqa: E402
+from ip_adapter.drawn_world import caption, draw, random_scene, training_caption  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
 
@@ -28,6 +29,10 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--count", type=in_range(int, 1, 10_000_000), default=5000, help="how many pictures")
     parser.add_argument("--seed", type=in_range(int, 0, 2**63), default=0, help="picture n follows from seed and n")
     parser.add_argument("--size", type=in_range(int, 32, 1024), default=128, help="side of the pictures in pixels")
+    parser.add_argument("--alike", type=in_range(int, 1, 10_000_000), default=1,
+                        help="so many pictures in a row have the same two colours, so that shapes and places tell them "
+                             "apart: what a text and image encoder otherwise need not learn")
+    parser.add_argument("--whole_captions", action="store_true", help="captions name everything, for the same purpose")
     args = parser.parse_args(argv)
     start_logging()
     out = args.out.resolve()
@@ -41,7 +46,7 @@ def main(argv: list | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=near, prefix=".draw_world.") as unfinished:
             folder = Path(unfinished) / "drawn"
             folder.mkdir()
-            write_pictures(folder, args.count, args.seed, args.size)
+            write_pictures(folder, args)
             out.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(out)
     except OSError as error:
@@ -50,16 +55,18 @@ def main(argv: list | None = None) -> None:
     logging.info("%d pictures and img_txt.csv written into %s", args.count, args.out)
 
 
-def write_pictures(folder: Path, count: int, seed: int, size: int) -> None:
+def write_pictures(folder: Path, args: argparse.Namespace) -> None:
     """Pictures 00000.png and on, their captions (img_txt.csv: dir, text) and what was drawn (scenes.csv)."""
-    digits = max(5, len(str(count - 1)))
+    digits = max(5, len(str(args.count - 1)))
     captions, scenes = [], []
-    for number in tqdm(range(count), disable=None):
-        rng = np.random.default_rng([seed, number])
-        scene = random_scene(rng)
+    for number in tqdm(range(args.count), disable=None):
+        rng = np.random.default_rng([args.seed, number])
+        colours = np.random.default_rng([args.seed, number // args.alike, 1])
+        scene = random_scene(rng, colours if args.alike > 1 else None)
         name = f"{number:0{digits}d}.png"
-        draw(scene, size).save(folder / name)
-        captions.append({"dir": name, "text": training_caption(scene, rng)})
+        draw(scene, args.size).save(folder / name)
+        words = caption if args.whole_captions else training_caption
+        captions.append({"dir": name, "text": words(scene, rng)})
         scenes.append({"dir": name, **asdict(scene)})
     for name, rows in (("img_txt.csv", captions), ("scenes.csv", scenes)):
         with open(folder / name, "w", newline="", encoding="utf-8") as file:

@@ -32,7 +32,9 @@ def main(argv: list | None = None) -> None:
     group = start_training(args, name)
 
     dataset = ImageTextDataset(args.data_path, args.image_size, args.random_crop, args.max_broken)
-    stream = Stream(len(dataset), args.train_batch_size, args.seed, group.size, group.rank)
+    # Encoders learn from what is alike within a batch, so their rows keep the order they were drawn in (--alike).
+    stream = Stream(len(dataset), args.train_batch_size, args.seed, group.size, group.rank,
+                    shuffle=not part.startswith("clip"))
     if args.pretrained_model_path:
         weights = first_existing([args.pretrained_model_path], "--pretrained_model_path")
     else:

@@ -45,6 +45,18 @@ def test_more_pictures_start_with_the_same(tmp_path, outcome):
     assert (tmp_path / "other" / "img_txt.csv").read_text() != (three / "img_txt.csv").read_text()
 
 
+def test_alike_pictures_differ_by_shape_and_place(tmp_path, outcome):
+    flags = ["--out", tmp_path / "alike", "--count", "16", "--size", "32", "--alike", "8", "--whole_captions"]
+    assert outcome(DRAW, *flags)[0] == 0
+    drawn = pandas.read_csv(tmp_path / "alike" / "scenes.csv")
+    texts = pandas.read_csv(tmp_path / "alike" / "img_txt.csv")["text"]
+    pairs = list(zip(drawn["colour"], drawn["ground"]))
+    assert len(set(pairs[:8])) == len(set(pairs[8:])) == 1 and pairs[0] != pairs[8]
+    assert drawn["shape"][:8].nunique() > 1 and drawn["x"].nunique() == 16
+    for text, (colour, ground), shape in zip(texts, pairs, drawn["shape"]):
+        assert colour in text and ground in text and shape in text
+
+
 def test_mistakes(tmp_path, outcome):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "img_txt.csv").write_text("dir,text\n")
