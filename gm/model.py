@@ -45,10 +45,13 @@ class DiffusionEngine(LatentDiffusion):
         """What B texts alone ask for, at `sizes`."""
         return self.tell_sizes(self.encode_text(texts), np.tile(self.sizes.numbers(), (len(texts), 1)))
 
+    def levels(self, steps: int) -> np.ndarray:
+        """(S + 1,) noise levels of `sample`."""
+        return discretize("DiffusersDDPMDiscretization", steps, schedule=self.schedule)
+
     def timesteps(self, steps: int) -> np.ndarray:
         """(S,) at which the network is asked by `sample`."""
-        sigmas = discretize("DiffusersDDPMDiscretization", steps, schedule=self.schedule)
-        return timesteps_of(sigmas[:-1], self.schedule)
+        return timesteps_of(self.levels(steps)[:-1], self.schedule)
 
     def add_noise(self, clean: Tensor, noise: Tensor, level) -> Tensor:
         """Clean latents as they are at a noise level."""
@@ -56,7 +59,7 @@ class DiffusionEngine(LatentDiffusion):
 
     def sample(self, denoise: Callable, noise: Tensor, steps: int, keep: Callable | None = None) -> Iterable[Tensor]:
         """Latents after each of S steps of Euler's method, from noise of unit variance."""
-        sigmas = discretize("DiffusersDDPMDiscretization", steps, schedule=self.schedule)
+        sigmas = self.levels(steps)
         return sample_euler(denoise, starting_noise(noise, sigmas[0]), sigmas, keep=keep)
 
     def denoiser(self, cond: Condition, uncond: Condition, guidance_scale: float,

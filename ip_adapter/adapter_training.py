@@ -11,10 +11,10 @@ from ip_adapter.buckets import BucketStream, find_buckets, one_bucket
 from ip_adapter.build import build_model
 from ip_adapter.cli import config_from, first_existing
 from ip_adapter.config import TrainingConfig
-from ip_adapter.dataset import Batch, ImageTextDataset, Loader, draws, samples_of, stack
+from ip_adapter.dataset import Batch, ImageTextDataset, Loader, samples_of, stack
 from ip_adapter.families import Family
 from ip_adapter.feature_cache import FeatureBatch, FeatureCache
-from ip_adapter.features import FrozenEncoders, training_inputs
+from ip_adapter.features import FrozenEncoders
 from ip_adapter.training import AdamW, NoisePredictionLoss, TrainStep, recompute_blocks
 from ip_adapter.training_cli import TRAINING, start_training, training_parser
 from ip_adapter.training_run import TrainingRun, optimizer_config
@@ -42,7 +42,7 @@ def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Fami
     buckets = one_bucket(len(dataset), args.image_size)
     if args.buckets:
         buckets = find_buckets(dataset, args.image_size, args.train_batch_size * group.size, args.num_workers)
-        dataset.size_of_row = lambda row: buckets.sizes[buckets.of_row[row]]
+        dataset.size_of_row = buckets.size_of
     stream = BucketStream(buckets, args.train_batch_size, args.seed, group.size, group.rank)
     weights = first_existing([args.pretrained_model_path], "--pretrained_model_path", f"make it with {family.tool}")
     model = build_model(Path(weights), config.model, args.dtype, train_adapter=True, family=family)
@@ -69,9 +69,8 @@ def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Fami
 
     def inputs(batch: Batch | FeatureBatch) -> tuple:
         features = batch.features if args.cache_dir else encoders.features(batch)
-        drawn = [draws(args.seed, int(position), features.mean.shape[1:], args.drop_image_prob, args.drop_text_prob,
-                       args.drop_both_prob) for position in batch.positions]
-        return training_inputs(features, drawn, encoders.empty_text, model.diffusion)
+        drops = args.drop_image_prob, args.drop_text_prob, args.drop_both_prob
+        return encoders.inputs(features, batch.positions, args.seed, drops)
 
     with Loader(stream, make, first, args.num_workers, collate=collate) as loader:
         run.train(step, loader, inputs)

@@ -27,6 +27,10 @@ class Buckets(NamedTuple):
     of_row: np.ndarray  # (rows,) int64: index into `sizes`
     members: list  # the rows of each size, int64 arrays
 
+    def size_of(self, row: int) -> tuple:
+        """(height, width) at which a row is trained."""
+        return self.sizes[self.of_row[row]]
+
 
 def bucket_sizes(size: int) -> list:
     """(height, width) of all buckets with about `size` x `size` pixels, never more, from tall to wide.

@@ -71,6 +71,7 @@ class DemoJudge:
         self.steps, self.variations = steps, variations
         self.scenes = [random_scene(np.random.default_rng([seed, n])) for n in range(count)]
         model.diffusion.set_size(size, size)
+        self.negative = model.diffusion.condition([NEUTRAL[1]])
 
     def other_ground(self, n: int) -> str:
         """A colour that scene n has not, and another than that of its shape."""
@@ -87,7 +88,7 @@ class DemoJudge:
             words = {"neutral": NEUTRAL[0], "caption": caption(scene),
                      "other ground": f"a {self.other_ground(n)} ground"}
             prompt = words[task.text].replace("a orange", "an orange")
-            sides, = model.conditions(picture, [(prompt, NEUTRAL[1])])
+            sides = model.with_image([model.diffusion.condition([prompt]), self.negative], model.embed(picture))
             seeds = [self.seed + n * self.variations + k for k in range(self.variations)]
             make = functools.partial(generate, model, sides, seeds, self.size, self.steps, self.guidance_scale,
                                      self._controls(task, scene))

@@ -17,10 +17,10 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ip_adapter.build import ImagePromptModel
 from ip_adapter.config import TrainingConfig
-from ip_adapter.dataset import Batch, ImageTextDataset, draws, fit
+from ip_adapter.dataset import ImageTextDataset, fit
 from ip_adapter.families import SD15, SDXL, Family
 from ip_adapter.feature_cache import FeatureBatch, FeatureCache
-from ip_adapter.features import FrozenEncoders, training_inputs
+from ip_adapter.features import FrozenEncoders
 from ip_adapter.image_prompt import ImageProjConfig
 from ip_adapter.merge import merge
 from ip_adapter.model_file import network_parameters, save_model
@@ -214,7 +214,7 @@ def encoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> S
 def unet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
     """The UNet under text alone."""
     unet, cache = model.diffusion.unet, _features(model, dataset, args)
-    noisy = _noisy(model, cache.encoders, args)
+    noisy = _noisy(cache.encoders, args)
     loss = NoisePredictionLoss(unet, weights=model.diffusion.schedule.loss_weights(args.p2_k))
     return Stage(loss, network_parameters({"unet": unet}), cache.sample, cache.collate,
                  lambda batch: noisy(batch)[:5], lambda path, trained: save_model(path, model, trained))
@@ -230,7 +230,7 @@ def controlnet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -
         if path in copied:
             parameter.set_data(Tensor(copied[path].asnumpy()))
     start_at_zero(controlnet, r"^(zero_convs|middle_block_out)\.")
-    noisy = _noisy(model, cache.encoders, args)
+    noisy = _noisy(cache.encoders, args)
 
     def make(row: int, position: int) -> tuple:
         image, _ = fit(dataset.picture(row), (args.image_size, args.image_size), None, str(dataset.path(row)))
@@ -280,11 +280,8 @@ def _features(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Featu
     return cache
 
 
-def _noisy(model: ImagePromptModel, encoders: FrozenEncoders, args: TrainingConfig) -> Callable:
+def _noisy(encoders: FrozenEncoders, args: TrainingConfig) -> Callable:
     """FeatureBatch -> what `training_inputs` gives."""
-    def inputs(batch: FeatureBatch | Batch) -> tuple:
-        features = batch.features
-        drawn = [draws(args.seed, int(position), features.mean.shape[1:], 0.0, args.drop_text_prob, 0.0)
-                 for position in batch.positions]
-        return training_inputs(features, drawn, encoders.empty_text, model.diffusion)
+    def inputs(batch: FeatureBatch) -> tuple:
+        return encoders.inputs(batch.features, batch.positions, args.seed, (0.0, args.drop_text_prob, 0.0))
     return inputs

@@ -61,6 +61,7 @@ class Evaluation:
         done = _rows(results)
         model.set_ip_scale(args.ip_scale)
         model.diffusion.set_size(args.size, args.size)
+        texts = [model.diffusion.condition([text]) for text in (args.prompt, args.negative_prompt)]
         with open(results, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -71,7 +72,7 @@ class Evaluation:
                     continue
                 row = self.dataset.sample(n, None).index  # another one if n cannot be read
                 picture = self.dataset.picture(row)
-                made = self._make(model, picture, n)
+                made = self._make(model, picture, texts, n)
                 for k, pixels in enumerate(made):
                     Image.fromarray(pixels).save(self.folder / "pictures" / f"{n:06d}-{k}.png")
                 writer.writerow({"row": n, "dir": self.dataset.path(row).name, "clip_i": scorer.clip_i(made, picture),
@@ -79,9 +80,8 @@ class Evaluation:
                 file.flush()
         return self._table(results)
 
-    def _make(self, model: ImagePromptModel, picture: Image.Image, n: int) -> np.ndarray:
-        args = self.args
-        sides, = model.conditions(picture, [(args.prompt, args.negative_prompt)])
+    def _make(self, model: ImagePromptModel, picture: Image.Image, texts: list, n: int) -> np.ndarray:
+        args, sides = self.args, model.with_image(texts, model.embed(picture))
         seeds = [args.seed + n * args.variations + k for k in range(args.variations)]
         return generate(model, sides, seeds, args.size, args.sampling_steps, args.scale)
 

@@ -41,7 +41,7 @@ class FeatureCache:
         shapes = encoders.shapes(size)
         self.record = np.dtype([(name, "<i4" if name == "sizes" else "<f2", shape)
                                 for name, shape in zip(Features._fields, shapes)])
-        name = hashlib.sha256(f"{encoders.fingerprint()} {size} {shapes}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{encoders.fingerprint} {size} {shapes}".encode()).hexdigest()[:16]
         self.data, self.index = Path(folder) / f"features-{name}.f16", Path(folder) / f"features-{name}.keys"
         self.encoders, self.places = encoders, np.zeros(0, np.int64)
 
@@ -67,7 +67,8 @@ class FeatureCache:
                     for row in new[first : first + batch]:
                         sample = dataset.sample(row, None)
                         used[row] = sample.index
-                        keys.setdefault(sample.index, sample_key(dataset, sample.index))
+                        if sample.index not in keys:
+                            keys[sample.index] = sample_key(dataset, sample.index)
                         if keys[sample.index] not in known:
                             fresh[keys[sample.index]] = sample
                     if fresh:

@@ -4,6 +4,7 @@ Features are float16, also when the networks run in float32: a run that keeps th
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ip_adapter.build import ImagePromptModel
-from ip_adapter.dataset import Batch, Draw
+from ip_adapter.dataset import Batch, Draw, draws
 from ldm.model import Condition, LatentDiffusion
 
 
@@ -39,6 +40,7 @@ class FrozenEncoders:
         text, pooled = (part.shape for part in self.empty_text)
         return latent, latent, text, pooled, (self.model.embedder.image_encoder.config.embed_dim,), (6,)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of all weights that features depend on; the UNet and the decoder are not among them."""
         vae = self.model.diffusion.vae
@@ -70,6 +72,18 @@ class FrozenEncoders:
         embedding = self.model.embedder.image_encoder(Tensor(batch.clip_pixels)).asnumpy()
         return Features(mean.astype(np.float16), deviation.astype(np.float16), *self.text(batch.texts),
                         embedding.astype(np.float16), batch.sizes)
+
+    def inputs(self, features: Features, positions: np.ndarray, seed: int, drops: tuple) -> tuple:
+        """What `training_inputs` gives for samples at these places in the stream.
+
+        Args:
+            features: of B samples.
+            positions: (B,) int64, their places.
+            seed: of the training.
+            drops: shares that lose the picture, the text, and both.
+        """
+        drawn = [draws(seed, int(position), features.mean.shape[1:], *drops) for position in positions]
+        return training_inputs(features, drawn, self.empty_text, self.model.diffusion)
 
 
 def training_inputs(features: Features, drawn: list[Draw], empty_text: list, diffusion: LatentDiffusion) -> tuple:

@@ -65,13 +65,9 @@ class IPAdapterImageEmbedder:
     def __init__(self, image_encoder: CLIPImageTransformer, image_proj: ImageProjModel):
         self.image_encoder, self.image_proj = image_encoder, image_proj
 
-    def __call__(self, pixels: Tensor) -> tuple:
-        """(B, 3, 224, 224) normalised pixels -> tokens and unconditional tokens, (B, K, D) float32 each.
+    def project(self, embedding: Tensor) -> tuple:
+        """(B, E) image embeddings -> tokens and unconditional tokens, (B, K, D) float32 each.
 
         The unconditional side is the projection of a zero embedding, not zero tokens and not a black picture.
         """
-        return self.project(self.image_encoder(pixels))
-
-    def project(self, embedding: Tensor) -> tuple:
-        """(B, E) -> the same of an embedding known already."""
         return self.image_proj(embedding), self.image_proj(ops.zeros_like(embedding))

@@ -8,7 +8,6 @@ import logging
 import math
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -66,7 +65,7 @@ class TrainingRun:
         batch = args.train_batch_size * group.size * args.gradient_accumulation_steps
         self.batch = batch
         self.steps_per_epoch = math.ceil(length / batch)
-        self.total = min(math.ceil(args.epochs * length / batch) or args.max_steps, args.max_steps or sys.maxsize)
+        self.total = min(limit for limit in (math.ceil(args.epochs * length / batch), args.max_steps) if limit)
         # What decides which samples and which random numbers a step sees.
         self.identity = {"seed": args.seed, "train_batch_size": args.train_batch_size * group.size,
                          "gradient_accumulation_steps": args.gradient_accumulation_steps, "rows": length,

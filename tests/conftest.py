@@ -113,6 +113,36 @@ def arrays(path) -> dict:
         return {name: file.read(name) for name in file.tensors}
 
 
+def narrow_xl(name: str, path: Path) -> Path:
+    """Write a configuration of SDXL for the stand-ins, whose heads are narrower; `name` is below configs/."""
+    path.write_text((ROOT / "configs" / name).read_text().replace("num_head_channels: 64", "num_head_channels: 32"))
+    return path
+
+
+def assert_adapter_is_used(outcome, main, words: list, checkpoints: tuple, adapter: Path, folder: Path) -> None:
+    """A finetuned adapter makes one picture, merged or given in either format, and another than before.
+
+    Args:
+        outcome: the fixture.
+        main: of an inference script.
+        words: flags of one small picture.
+        checkpoints: merged with the adapter, and with the one before.
+        adapter: its .ckpt, beside which is its .safetensors.
+        folder: to write into.
+    """
+    full, before = checkpoints
+    for checkpoint, flags in ((full, []), (before, ["--ip_adapter", adapter]),
+                              (before, ["--ip_adapter", adapter.with_suffix(".safetensors")]), (before, [])):
+        status, said = outcome(main, *words, "--ckpt_path", checkpoint, *flags, "--img", DATA / "input.png",
+                               "--H", "64", "--W", "64", "--sampling_steps", "2", "--n_samples", "1",
+                               "--output_path", folder)
+        assert status == 0, said
+    one, two, three, untrained = pictures(folder)
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one, three)
+    assert not np.array_equal(one, untrained)
+
+
 def assert_equal(a: dict, b: dict) -> None:
     """The same names, and under each the same array."""
     assert a.keys() == b.keys()

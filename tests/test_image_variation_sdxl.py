@@ -11,7 +11,7 @@ from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ROOT, InferenceConfig, load_config
 from ip_adapter.families import SDXL
 from ip_adapter.merge import convert, merge
-from tests.conftest import DATA, arrays, assert_mistakes, pictures, psnr
+from tests.conftest import DATA, arrays, assert_mistakes, narrow_xl, pictures, psnr
 from tools import merge_ckpts_sdxl
 
 CONFIG = ROOT / "configs" / "inference" / "sd_xl_base.yaml"
@@ -20,8 +20,7 @@ CONFIG = ROOT / "configs" / "inference" / "sd_xl_base.yaml"
 @pytest.fixture(scope="module")
 def words(merged_xl, tmp_path_factory) -> list:
     """Flags of a quick run. The heads of the small UNet are narrower than SDXL's, which a configuration says."""
-    config = tmp_path_factory.mktemp("config") / "small.yaml"
-    config.write_text(CONFIG.read_text().replace("num_head_channels: 64", "num_head_channels: 32"))
+    config = narrow_xl("inference/sd_xl_base.yaml", tmp_path_factory.mktemp("config") / "small.yaml")
     return ["--config", config, "--weight", merged_xl, "--img", DATA / "input.png", "--H", "64", "--W", "72",
             "--sample_step", "3"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ip_adapter.drawn_world import draw, random_scene
-from tests.conftest import MPI_FLAGS, ROOT, arrays, log_of
+from tests.conftest import MPI_FLAGS, ROOT, arrays, log_of, narrow_xl
 from tests.test_train_sd import parameters
 
 pytestmark = pytest.mark.slow
@@ -37,9 +37,7 @@ def words(merged, tmp_path_factory):
 @pytest.fixture
 def words_xl(merged_xl, tmp_path):
     """Pictures of two proportions, in buckets."""
-    config, rows = tmp_path / "small.yaml", ["dir,text"]
-    config.write_text((ROOT / "configs/training/sd_xl_base_finetune_910b.yaml").read_text().replace(
-        "num_head_channels: 64", "num_head_channels: 32"))
+    config, rows = narrow_xl("training/sd_xl_base_finetune_910b.yaml", tmp_path / "small.yaml"), ["dir,text"]
     for n in range(8):
         picture = draw(random_scene(np.random.default_rng(n)), 64)
         picture.resize((64, 32) if n % 2 else (32, 64)).save(tmp_path / f"{n}.png")

@@ -14,7 +14,7 @@ from ip_adapter.families import SDXL
 from ip_adapter.image_prompt import ImageProjConfig
 from ip_adapter.standins import MINIATURE, MINIATURE_XL, write_clip_standin, write_standins
 from ldm.checkpoint_file import save_arrays
-from tests.conftest import DATA, ROOT, arrays, shell
+from tests.conftest import DATA, ROOT, arrays, narrow_xl, shell
 
 pytestmark = pytest.mark.slow
 
@@ -86,11 +86,8 @@ def workplace(standins, standins_xl, merged, tmp_path_factory):
     sizes = replace(MINIATURE_XL, image=MINIATURE.image, proj=ImageProjConfig(MINIATURE.image.embed_dim, 192))
     vit_h = write_standins(tmp_path_factory.mktemp("vit-h"), sizes, family=SDXL)["ip_adapter"]
     shutil.copy(vit_h, xl / "IP-Adapter" / "ip-adapter_sdxl_vit-h.safetensors")
-    # The heads of the small UNet are narrower than SDXL's.
-    for kind, name, small in (("inference", "sd_xl_base", "small_xl"),
-                              ("training", "sd_xl_base_finetune_910b", "small_xl_training")):
-        config = (ROOT / "configs" / kind / f"{name}.yaml").read_text()
-        (folder / f"{small}.yaml").write_text(config.replace("num_head_channels: 64", "num_head_channels: 32"))
+    narrow_xl("inference/sd_xl_base.yaml", folder / "small_xl.yaml")
+    narrow_xl("training/sd_xl_base_finetune_910b.yaml", folder / "small_xl_training.yaml")
     for script in [ROOT / "tools", *ROOT.glob("*_sd.py"), *ROOT.glob("*_sdxl.py")]:
         (folder / script.name).symlink_to(script)
     return folder

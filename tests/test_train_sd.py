@@ -18,7 +18,7 @@ from ip_adapter.config import TrainingConfig
 from ip_adapter.families import SD15
 from ip_adapter.merge import merge
 from ip_adapter.training_cli import TRAINING, training_parser
-from tests.conftest import DATA, ROOT, arrays, assert_equal, assert_mistakes, log_of, pictures, psnr
+from tests.conftest import ROOT, arrays, assert_adapter_is_used, assert_equal, assert_mistakes, log_of, pictures, psnr
 from train_sd import main
 
 
@@ -94,16 +94,8 @@ def test_only_the_adapter_trains_and_its_files_are_used(words, merged, standins,
     public = arrays(folder / "sd-2.safetensors")
     assert public.keys() == arrays(standins["ip_adapter"]).keys()
     merge(SD15, **{**standins, "controlnet": None, "ip_adapter": folder / "sd-2.ckpt"}, out=tmp_path / "full.ckpt")
-    small = ["--img", DATA / "input.png", "--H", "64", "--W", "64", "--sampling_steps", "2", "--n_samples", "1",
-             "--output_path", tmp_path]
-    for checkpoint, flags in ((tmp_path / "full.ckpt", []), (merged, ["--ip_adapter", folder / "sd-2.ckpt"]),
-                              (merged, ["--ip_adapter", folder / "sd-2.safetensors"]), (merged, [])):
-        status, said = outcome(image_variation_sd.main, "--ckpt_path", checkpoint, *flags, *small)
-        assert status == 0, said
-    one, two, three, untrained = pictures(tmp_path)
-    np.testing.assert_array_equal(one, two)
-    np.testing.assert_array_equal(one, three)
-    assert not np.array_equal(one, untrained)
+    assert_adapter_is_used(outcome, image_variation_sd.main, [], (tmp_path / "full.ckpt", merged),
+                           folder / "sd-2.ckpt", tmp_path)
 
 
 def test_from_scratch(words, standins, tmp_path, outcome):

@@ -20,17 +20,14 @@ from ip_adapter.features import FrozenEncoders, training_inputs
 from ip_adapter.merge import merge
 from ip_adapter.training import NoisePredictionLoss
 from ldm.model import Condition
-from tests.conftest import DATA, ROOT, arrays, assert_equal, assert_mistakes, log_of, pictures
+from tests.conftest import arrays, assert_adapter_is_used, assert_equal, assert_mistakes, log_of, narrow_xl
 from train_sdxl import main
-
-HEADS = "num_head_channels: 64", "num_head_channels: 32"  # the small UNet's are narrower than SDXL's
 
 
 @pytest.fixture(scope="module")
 def words(world, merged_xl, tmp_path_factory) -> list:
     """Flags of a quick run."""
-    config = tmp_path_factory.mktemp("config") / "small.yaml"
-    config.write_text((ROOT / "configs/training/sd_xl_base_finetune_910b.yaml").read_text().replace(*HEADS))
+    config = narrow_xl("training/sd_xl_base_finetune_910b.yaml", tmp_path_factory.mktemp("config") / "small.yaml")
     return ["--config", config, "--data_path", world, "--weight", merged_xl, "--image_size", "64", "--per_batch_size",
             "2", "--ms_mode", "1", "--total_step", "4", "--save_ckpt_interval", "2"]
 
@@ -71,18 +68,9 @@ def test_the_files_are_used(words, standins_xl, merged_xl, tmp_path, outcome):
     assert arrays(adapter).keys() < arrays(merged_xl).keys()
     assert arrays(adapter.with_suffix(".safetensors")).keys() == arrays(standins_xl["ip_adapter"]).keys()
     merge(SDXL, **{**standins_xl, "controlnet": None, "ip_adapter": adapter}, out=tmp_path / "full.ckpt")
-    config = tmp_path / "small.yaml"
-    config.write_text((ROOT / "configs/inference/sd_xl_base.yaml").read_text().replace(*HEADS))
-    small = ["--config", config, "--img", DATA / "input.png", "--H", "64", "--W", "64", "--sample_step", "2",
-             "--num_cols", "1", "--output_path", tmp_path]
-    for checkpoint, flags in ((tmp_path / "full.ckpt", []), (merged_xl, ["--ip_adapter", adapter]),
-                              (merged_xl, ["--ip_adapter", adapter.with_suffix(".safetensors")]), (merged_xl, [])):
-        status, said = outcome(image_variation_sdxl.main, "--weight", checkpoint, *flags, *small)
-        assert status == 0, said
-    one, two, three, untrained = pictures(tmp_path)
-    np.testing.assert_array_equal(one, two)
-    np.testing.assert_array_equal(one, three)
-    assert not np.array_equal(one, untrained)
+    config = narrow_xl("inference/sd_xl_base.yaml", tmp_path / "small.yaml")
+    assert_adapter_is_used(outcome, image_variation_sdxl.main, ["--config", config],
+                           (tmp_path / "full.ckpt", merged_xl), adapter, tmp_path)
 
 
 def test_what_the_network_is_told(model, world):

@@ -61,8 +61,8 @@ def write_pictures(folder: Path, args: argparse.Namespace) -> None:
     captions, scenes = [], []
     for number in tqdm(range(args.count), disable=None):
         rng = np.random.default_rng([args.seed, number])
-        colours = np.random.default_rng([args.seed, number // args.alike, 1])
-        scene = random_scene(rng, colours if args.alike > 1 else None)
+        colours = np.random.default_rng([args.seed, number // args.alike, 1]) if args.alike > 1 else None
+        scene = random_scene(rng, colours)
         name = f"{number:0{digits}d}.png"
         draw(scene, args.size).save(folder / name)
         words = caption if args.whole_captions else training_caption

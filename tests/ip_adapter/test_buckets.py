@@ -52,7 +52,7 @@ def test_every_picture_goes_where_it_fits(mixed):
 
 def test_samples_have_their_buckets_size_also_in_place_of_a_broken_one(mixed):
     buckets = find_buckets(mixed, 64, 4, 2)
-    mixed.size_of_row = lambda row: buckets.sizes[buckets.of_row[row]]
+    mixed.size_of_row = buckets.size_of
     for row in range(len(mixed)):
         sample = mixed.sample(row, None)
         assert sample.pixels.shape[1:] == buckets.sizes[buckets.of_row[row]]

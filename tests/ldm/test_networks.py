@@ -46,7 +46,7 @@ def test_picture_input(expected):
 def test_image_encoder_and_projector(model, expected):
     pixels = Tensor(expected["pixel_values"])
     assert_close(model.embedder.image_encoder(pixels).asnumpy(), expected["image_embedding"])
-    tokens, uncond = model.embedder(pixels)
+    tokens, uncond = model.embedder.project(model.embedder.image_encoder(pixels))
     assert_close(tokens.asnumpy(), expected["image_tokens_cond"])
     assert_close(uncond.asnumpy(), expected["image_tokens_uncond"])
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ip_adapter.drawn_world import draw, random_scene
 from ip_adapter.standins import write_clip_standin
-from tests.conftest import ROOT
+from tests.conftest import ROOT, narrow_xl
 
 MAIN = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]
 
@@ -33,9 +33,7 @@ def words(world, merged, tmp_path):
 
 
 def test_sdxl_is_told_from_the_file(words, merged_xl, tmp_path, outcome):
-    config = tmp_path / "small.yaml"
-    config.write_text((ROOT / "configs/inference/sd_xl_base.yaml").read_text().replace(
-        "num_head_channels: 64", "num_head_channels: 32"))
+    config = narrow_xl("inference/sd_xl_base.yaml", tmp_path / "small.yaml")
     status, said = outcome(MAIN, *words, "--weights", merged_xl, "--version", "xl", "--config", config, "--count", "1")
     assert status == 0 and "1 picture prompts x 2" in said, said
 
