@@ -54,15 +54,22 @@ KL_WEIGHT = 1e-3  # of the mean over a latent's elements, against a mean over pi
 EDGES = 100, 200  # Canny's thresholds of the hints the ControlNet learns from
 
 
-def demo_start(path: Path, seed: int, family: Family = SD15) -> None:
+def demo_start(path: Path, seed: int, family: Family = SD15, image_encoder: Path | None = None) -> None:
     """Write the merged checkpoint of a family that training begins with: seeded weights, no adapter.
 
     The last layer of every residual branch of the UNet is zero, so that at first it passes its input on.
+
+    Args:
+        path: to write.
+        seed: of the weights.
+        family: of the model.
+        image_encoder: checkpoint whose image encoder takes the seeded one's place, or None.
     """
     with tempfile.TemporaryDirectory() as folder:
         seeded = Path(folder) / "seeded.ckpt"
         standins = write_standins(Path(folder), DEMO_XL if family is SDXL else DEMO, seed, family)
-        merge(family, **{**standins, "controlnet": None}, out=seeded, skip_ip=True)
+        replaced = {"controlnet": None, **({"open_clip_vit": image_encoder} if image_encoder else {})}
+        merge(family, **{**standins, **replaced}, out=seeded, skip_ip=True)
         with open_checkpoint(seeded) as file:
             arrays = {name: file.read(name) for name in file.tensors}
     last = r"^model\.diffusion_model\.(out\.2\.|.*\.(out_layers_conv|out_layers\.3|proj_out)\.)"

@@ -109,7 +109,7 @@ def merge(family: Family, base, open_clip_vit, ip_adapter, vae, out, controlnet=
             parts[1] = vae_part(opened(vae))[1]
         planned = plan_base(parts, family, dtype)
 
-        encoder, encoder_part = image_encoder_part(opened(open_clip_vit), family)
+        encoder, encoder_part = image_encoder_part(opened(open_clip_vit))
         planned.update(plan(encoder_part, family.image_encoder, dtype))
 
         attention = parameter_shapes(unet, IMAGE_ATTENTION)

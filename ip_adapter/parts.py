@@ -11,7 +11,7 @@ from mindspore import dtype as mstype
 from mindspore.nn.utils import no_init_parameters
 
 from ip_adapter.config import ModelConfig
-from ip_adapter.families import Family
+from ip_adapter.families import Family, family_of
 from ip_adapter.image_prompt import ImageProjConfig, image_proj_config
 from ip_adapter.names import IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch
 from ip_adapter.patch import transformer_blocks
@@ -82,9 +82,10 @@ def vae_part(file: CheckpointFile, dtype=mstype.float32) -> tuple:
     return autoencoder, part
 
 
-def image_encoder_part(file: CheckpointFile, family: Family) -> tuple:
-    """The image encoder in a Hugging Face or merged file: the network, not initialised, and its checked part."""
-    merged = family.image_encoder
+def image_encoder_part(file: CheckpointFile) -> tuple:
+    """The image encoder in a Hugging Face file or in a merged one of either family, which may use the same: the
+    network, not initialised, and its checked part."""
+    merged = family_of(file.tensors).image_encoder
     layout = best_layout(file.tensors, ("class_embedding", "proj"), (IMAGE_ENCODER_TORCH, merged))
     size = image_config(View(file.tensors, layout))
     if size is None:

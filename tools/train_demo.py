@@ -25,9 +25,13 @@ def main(argv: list | None = None) -> None:
     part, config = config_from(argv, TrainingConfig, TRAINING_DEMO, "--part")
     parser = training_parser(__doc__, part, config, TRAINING_DEMO, "--part")
     parser.add_argument("--vae", type=existing_file, help="checkpoint with the autoencoder, if it is another one")
+    parser.add_argument("--open_clip_vit", type=existing_file,
+                        help="checkpoint whose image encoder seeded weights begin with")
     args = parser.parse_args(argv)
     if args.buckets or args.recompute:
         raise UserError("--buckets and --recompute are for adapters; the demo model is trained without them")
+    if args.open_clip_vit and args.pretrained_model_path:
+        raise UserError("--open_clip_vit is for seeded weights; leave out --pretrained_model_path")
     (family, stage_of), name = STAGES[part], f"ckpt/{part}-{{}}"
     group = start_training(args, name)
 
@@ -39,7 +43,7 @@ def main(argv: list | None = None) -> None:
         weights = first_existing([args.pretrained_model_path], "--pretrained_model_path")
     else:
         weights = Path(args.output_path) / "start.ckpt"
-        demo_start(weights, args.seed, family)
+        demo_start(weights, args.seed, family, args.open_clip_vit)
     model = build_model(weights, config.model, args.dtype, ExtraParts(vae=args.vae), train_adapter=True,
                         family=family)
     stage = stage_of(model, dataset, args)

@@ -126,6 +126,16 @@ def test_the_first_unet_passes_its_input_on(tmp_path):
     assert not np.array_equal(first[name], other[name])
 
 
+def test_sdxl_may_begin_with_the_image_encoder_of_the_other_family(tmp_path):
+    demo_start(tmp_path / "sd.ckpt", 1)
+    demo_start(tmp_path / "xl.ckpt", 0, SDXL, tmp_path / "sd.ckpt")
+    sd, xl = arrays(tmp_path / "sd.ckpt"), arrays(tmp_path / "xl.ckpt")
+    taken = [name for name in xl if name.startswith(SDXL.image_encoder.prefix)]
+    assert taken
+    for name in taken:
+        np.testing.assert_array_equal(xl[name], sd[SD15.image_encoder.prefix + name[len(SDXL.image_encoder.prefix):]])
+
+
 def test_a_controlnet_starts_in_silence(model):
     rng = np.random.default_rng(0)
     unet = model.diffusion.unet
