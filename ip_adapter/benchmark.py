@@ -1,0 +1,210 @@
+"""Units of the work users wait for, to be timed: loading, a step, whole pictures, training, merging.
+
+Only what is timed is here. `tools/benchmark.py` runs it, alone or in turns with the same work in diffusers
+(tests/record/reference_benchmark.py), each in a process of its own.
+"""
+from __future__ import annotations
+
+import functools
+import resource
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from PIL import Image
+
+from ip_adapter.adapter_file import adapter_parameters
+from ip_adapter.build import ExtraParts, ImagePromptModel, build_model
+from ip_adapter.config import InferenceConfig
+from ip_adapter.dataset import Batch
+from ip_adapter.families import SDXL, family_of
+from ip_adapter.features import FrozenEncoders
+from ip_adapter.image_prompt import ImageProjConfig
+from ip_adapter.inputs import Hint
+from ip_adapter.merge import merge
+from ip_adapter.parts import ModelSizes
+from ip_adapter.preprocess import clip_pixels, latent_mask, latent_pixels
+from ip_adapter.training import AdamW, NoisePredictionLoss, OptimizerConfig, TrainStep
+from ldm.checkpoint_file import open_checkpoint
+from ldm.ddim import KeptRegion
+from ldm.modules.clip import CLIPImageConfig, CLIPTextConfig
+from ldm.modules.unet import UNetConfig
+
+SIZES = {"1.5": ModelSizes(), "xl": ModelSizes(
+    unet=UNetConfig(channel_mult=(1, 2, 4), transformer_depth=(0, 2, 10), middle_depth=10, context_dim=2048,
+                    num_heads=-1, num_head_channels=64, use_linear=True, adm_in_channels=2816),
+    texts=(CLIPTextConfig(), CLIPTextConfig(1280, 32, 20, 5120, "gelu", 1280)),
+    image=CLIPImageConfig(1664, 48, 16, 8192, embed_dim=1280),
+    proj=ImageProjConfig(embed_dim=1280, context_dim=2048))}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed.
+
+    Attributes:
+        task: of TASKS.
+        version: of the model: "1.5", "xl" or "demo".
+        batch_size: pictures made or learned from together; guidance doubles what the UNet is given.
+        height: of a picture in pixels.
+        width: likewise.
+        steps: of a sampler, or how often a step is made.
+        steps_per_second: on Ascend 910 with MindSpore 2.2, by the user's document; None where it has none.
+        images_per_second: likewise.
+    """
+
+    task: str
+    version: str
+    batch_size: int
+    height: int
+    width: int
+    steps: int
+    steps_per_second: float | None = None
+    images_per_second: float | None = None
+
+
+# The rows of the user's document, then what else is waited for.
+SETTINGS = (
+    Setting("train", "1.5", 16, 512, 512, 1, None, 14.41),
+    Setting("image_variation", "1.5", 4, 512, 512, 50, 4.97, 0.36),
+    Setting("image_to_image", "1.5", 4, 512, 512, 30, 4.81, 0.52),
+    Setting("inpainting", "1.5", 4, 512, 768, 35, 2.69, 0.26),
+    Setting("controlnet", "1.5", 4, 512, 512, 50, 2.87, 0.22),
+    Setting("train", "xl", 4, 1024, 1024, 1, None, 8.37 / 4),  # 8.37 is that of four devices
+    Setting("image_variation", "xl", 4, 1024, 1024, 30, 1.24, 0.15),
+    Setting("controlnet", "xl", 3, 1024, 1024, 30, 2.55, 0.25),
+    *(Setting(task, version, 1, size, size, 1) for version, size in (("1.5", 512), ("xl", 1024))
+      for task in ("unet_step", "train_uncached", "load", "merge")),
+    *(Setting(task, "demo", batch, 96, 96, steps) for task, batch, steps in (
+        ("train", 32, 1), ("train_uncached", 32, 1), ("image_variation", 4, 20), ("image_to_image", 4, 12),
+        ("inpainting", 4, 14), ("controlnet", 4, 20), ("unet_step", 4, 1), ("load", 1, 1), ("merge", 1, 1))),
+)
+TASKS = tuple(dict.fromkeys(setting.task for setting in SETTINGS))
+
+
+def setting_of(task: str, version: str, **changes: int | None) -> Setting:
+    """The setting of a task, with what is not None of `changes` in place of the document's."""
+    setting = next(s for s in SETTINGS if (s.task, s.version) == (task, version))
+    given = {name: value for name, value in changes.items() if value is not None}
+    if any(getattr(setting, name) != value for name, value in given.items()):
+        given.update(steps_per_second=None, images_per_second=None)  # figures of other work
+    return replace(setting, **given)
+
+
+def noise_picture(width: int, height: int) -> Image.Image:
+    """A seeded picture to be the prompt, the reference and the hint."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str) -> tuple:
+    """Do what comes before the work that is timed.
+
+    Args:
+        setting: what is timed.
+        weights: merged checkpoint.
+        config: of its version.
+        dtype: "float32" or "float16".
+
+    Returns:
+        Seconds it took to load, and the unit of work: a function that returns its seconds, and those of its steps.
+    """
+    if setting.task == "merge":
+        return 0.0, functools.partial(_merge, weights)
+    begun = time.perf_counter()
+    training = setting.task.startswith("train")
+    extra = ExtraParts(controlnets=[None] * (setting.task == "controlnet"))
+    model = build_model(weights, config.model, dtype, extra, train_adapter=training, family=None)
+    loaded = time.perf_counter() - begun
+    if setting.task == "load":
+        return loaded, lambda: (loaded, loaded)
+    if training:
+        return loaded, _training(model, setting, dtype)
+    model.diffusion.set_size(setting.height, setting.width)
+    return loaded, _denoising(model, setting, config)
+
+
+def peak_memory() -> int:
+    """Bytes this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _merge(weights: Path) -> tuple:
+    """All that is merged is in the one file; `skip_ip` takes the adapter from the UNet, which is as large."""
+    with open_checkpoint(weights) as file:
+        family = family_of(file.tensors)
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        merge(family, weights, weights, None, None, Path(folder) / "merged.ckpt", skip_ip=True)
+        seconds = time.perf_counter() - begun
+    return seconds, seconds
+
+
+def _denoising(model: ImagePromptModel, setting: Setting, config: InferenceConfig) -> Callable:
+    """A unit of any task that denoises: guided, with the image prompt; pictures are decoded, single steps are not."""
+    diffusion, s = model.diffusion, config.sampling
+    picture = noise_picture(setting.width, setting.height)
+    sides = (side.repeated(setting.batch_size)
+             for side in model.conditions(picture, [(s.prompt, s.negative_prompt)])[0])
+    timesteps = diffusion.timesteps(setting.steps)
+    levels = diffusion.levels(setting.steps)[:-1] if model.family is SDXL else timesteps
+    hints = [Hint(picture, s.control_scale, 0.0, 1.0)] * (setting.task == "controlnet")
+    denoise = diffusion.denoiser(*sides, s.scale, model.controls(hints, timesteps))
+    shape = setting.batch_size, diffusion.unet.config.in_channels, setting.height // 8, setting.width // 8
+    noise = Tensor(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+    def single_steps() -> tuple:
+        begun = time.perf_counter()
+        for level in levels:
+            denoise(noise, level).asnumpy()
+        seconds = time.perf_counter() - begun
+        return seconds, seconds
+
+    def pictures() -> tuple:
+        begun, keep = time.perf_counter(), None
+        if setting.task in ("image_to_image", "inpainting"):
+            clean = diffusion.encode_image(latent_pixels(picture))
+        if setting.task == "inpainting":
+            mask = np.arange(setting.height)[:, None] < np.full((1, setting.width), setting.height // 2)
+            keep = KeptRegion(clean, noise, latent_mask(mask), diffusion.add_noise)
+        sampling = time.perf_counter()
+        *_, latents = diffusion.sample(denoise, noise, setting.steps, keep)
+        latents.asnumpy()  # Ascend runs behind the host
+        sampling = time.perf_counter() - sampling
+        diffusion.decode(latents)
+        return time.perf_counter() - begun, sampling
+
+    return single_steps if setting.task == "unet_step" else pictures
+
+
+def _training(model: ImagePromptModel, setting: Setting, dtype: str) -> Callable:
+    """A unit of training: the step, and for "train_uncached" what the frozen encoders make of pictures and texts."""
+    count, size = setting.batch_size, (setting.height, setting.width)
+    picture = noise_picture(setting.width, setting.height)
+    image_size = model.embedder.image_encoder.config.image_size
+    batch = Batch(0, np.arange(count), np.repeat(latent_pixels(picture), count, 0),
+                  np.stack([clip_pixels(picture, image_size)] * count), ["a picture"] * count,
+                  np.tile((*size, 0, 0, *size), (count, 1)).astype(np.int32), np.arange(count))
+    encoders = FrozenEncoders(model)
+    scaled = {"loss_scale": 65536.0, "scale_window": 1000} if dtype == "float16" else {}
+    optimizer = AdamW(adapter_parameters(model), OptimizerConfig(**scaled))
+    step = TrainStep(NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj), optimizer)
+    kept = encoders.features(batch)
+    if setting.task == "train":
+        encoders.release()
+
+    def steps() -> tuple:
+        begun = time.perf_counter()
+        for _ in range(setting.steps):
+            features = kept if setting.task == "train" else encoders.features(batch)
+            inputs = encoders.inputs(features, batch.positions, 0, (0.05, 0.05, 0.05))
+            loss, _ = step(Tensor(1e-4, ms.float32), Tensor(True), True, *inputs)
+            loss.asnumpy()
+        seconds = time.perf_counter() - begun
+        return seconds, seconds
+
+    return steps

@@ -1,0 +1,84 @@
+"""tools/benchmark.py: every unit of work really does it, figures follow from what workers say, mistakes are told."""
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import pytest
+
+from ip_adapter.benchmark import SETTINGS, TASKS, prepare, setting_of
+from ip_adapter.config import InferenceConfig
+from tests.conftest import ROOT, shell
+
+main = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_runs_on_both_families(task, merged_control, merged_xl, xl_config):
+    for weights, config in ((merged_control, InferenceConfig()), (merged_xl, xl_config)):
+        setting = setting_of(task, "1.5", batch_size=2, height=64, width=64, steps=2)
+        loaded, work = prepare(setting, weights, config, "float32")
+        seconds, stepping = work()
+        assert 0 < stepping <= seconds
+        assert task == "merge" or loaded > 0
+
+
+@pytest.fixture
+def xl_config():
+    config = InferenceConfig()
+    config.model.num_heads, config.model.num_head_channels = -1, 32
+    return config
+
+
+def test_other_work_than_the_documents_has_none_of_its_figures():
+    assert setting_of("image_variation", "1.5", batch_size=4).images_per_second == 0.36
+    other = setting_of("image_variation", "1.5", batch_size=4, width=768)
+    assert (other.width, other.height, other.images_per_second, other.steps_per_second) == (768, 512, None, None)
+    assert {(s.task, s.version) for s in SETTINGS if s.images_per_second} == {
+        ("train", "1.5"), ("image_variation", "1.5"), ("image_to_image", "1.5"), ("inpainting", "1.5"),
+        ("controlnet", "1.5"), ("train", "xl"), ("image_variation", "xl"), ("controlnet", "xl")}
+
+
+def test_the_tool_prints_a_table_and_writes_json(tmp_path):
+    done = shell("python", ROOT / "tools/benchmark.py", "--version", "demo", "--task", "unet_step", "--task", "load",
+                 "--H", "64", "--W", "64", "--batch_size", "1", "--steps", "2", "--repeat", "1", "--ms_mode", "1",
+                 "--json", "speed.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    step, load = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["unet_step", "load"]
+    assert len(step["seconds"]) == 2 and step["seconds_per_step"] == pytest.approx(step["seconds"][1] / 2)
+    assert step["images_per_second"] == pytest.approx(2 / step["seconds"][1])
+    assert load["seconds_per_step"] is None and load["load_seconds"] > 0
+    assert step["peak_memory_bytes"] > 100e6
+    assert step["ascend_910"] == {"steps_per_second": None, "images_per_second": None}
+
+
+def test_mistakes(tmp_path, outcome):
+    def said(*words):
+        return outcome(main["main"], *words)
+    status, line = said("--version", "demo", "--against", "diffusers")
+    assert status == 2 and "leave out --weights and --version demo" in line
+    status, line = said("--torch_python", tmp_path / "none")
+    assert status == 2 and "no such file" in line
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"no checkpoint")
+    status, line = said("--task", "load", "--version", "demo", "--weights", broken)
+    assert status == 2 and "ended with status 2 before it answered" in line
+
+
+def test_turns_are_taken_and_medians_compared(tmp_path):
+    """Two stand-ins for workers that say how long they took: the first time is compiling, the rest count."""
+    def side(name, *seconds):
+        script = tmp_path / f"{name}.py"
+        replies = [json.dumps({"seconds": s, "stepping": s / 2, "peak_memory_bytes": 7}) for s in seconds]
+        script.write_text("import sys\nprint('chatter')\nprint('{\"load_seconds\": 5}', flush=True)\n"
+                          f"for reply in {replies!r}:\n    sys.stdin.readline()\n    print(reply, flush=True)\n")
+        made = main["Side"]([sys.executable, script])
+        for _ in seconds:
+            made.work()
+        made.process.stdin.close()
+        return made.figures(steps=2, images=4)
+    ours = side("ours", 9.0, 2.0, 4.0, 3.0)
+    assert ours["seconds_per_step"] == pytest.approx(0.75) and ours["images_per_second"] == pytest.approx(4 / 3)
+    assert ours["compile_seconds"] == pytest.approx(6.0) and ours["load_seconds"] == 5

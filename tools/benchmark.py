@@ -1,0 +1,198 @@
+"""Speed and memory on the device it runs on, next to the user's figures for Ascend 910 and, if asked, to diffusers.
+
+python tools/benchmark.py --version demo
+python tools/benchmark.py --task unet_step --against diffusers --torch_python torch/bin/python --json speed.json
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
+
+from ip_adapter.benchmark import SIZES, TASKS, peak_memory, prepare, setting_of  # noqa: E402
+from ip_adapter.cli import (  # noqa: E402
+    EITHER,
+    Parser,
+    add_device_flags,
+    config_from,
+    existing_file,
+    execute,
+    first_existing,
+    in_range,
+    multiple_of_8,
+    start_logging,
+)
+from ip_adapter.config import ROOT, InferenceConfig  # noqa: E402
+from ip_adapter.families import SD15, SDXL  # noqa: E402
+from ip_adapter.merge import merge  # noqa: E402
+from ip_adapter.standins import write_standins  # noqa: E402
+from ldm.device import default_dtype, start_device  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
+
+REFERENCE = ROOT / "tests" / "record" / "reference_benchmark.py"
+COLUMNS = (("task", 16), ("version", 7), ("size", 9), ("batch", 5), ("step/s", 8), ("img/s", 8), ("load s", 7),
+           ("compile s", 9), ("peak GiB", 8), ("910 step/s", 10), ("910 img/s", 9), ("diffusers", 9), ("ratio", 6))
+
+
+def main(argv: list | None = None) -> None:
+    """Parse the flags, time every task in processes of its own, print the table."""
+    version, config = config_from(argv, InferenceConfig, EITHER)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--task", choices=TASKS, action="append", help="what to time, may be repeated (default: all)")
+    add("--version", choices=list(EITHER), default=version, help="of the model")
+    add("--config", help="YAML file with what the checkpoint's tensors do not tell (default: by --version)")
+    add("--weights", type=existing_file, help="merged checkpoint (default: the demo model, or seeded stand-ins)")
+    add("--standins", type=Path, help="folder to keep the seeded stand-ins in, 20 GB for 1.5 and 50 GB for xl "
+                                      "(default: a temporary one)")
+    add("--batch_size", type=in_range(int, 1, 10000), help="pictures at once (default: the document's)")
+    add("--H", type=multiple_of_8, help="height in pixels (default: the document's)")
+    add("--W", type=multiple_of_8, help="width in pixels (default: the document's)")
+    add("--steps", type=in_range(int, 1, 1000), help="denoising steps (default: the document's)")
+    add("--repeat", type=in_range(int, 1, 100), default=3, help="how often each is timed, after a first time")
+    add("--against", choices=["diffusers"], help="the same work there, in turns")
+    add("--torch_python", type=existing_file, default=sys.executable, help="Python that has torch and diffusers")
+    add("--json", type=Path, help="file to write all figures to")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_device_flags(parser, "0")
+    args = parser.parse_args(argv)
+    start_logging(args.log_level)
+    if args.worker:
+        serve(args, config)
+        return
+    if args.against and (args.weights or version == "demo"):
+        raise UserError("--against diffusers works on the seeded stand-ins; leave out --weights and --version demo")
+    tasks = args.task or [task for task in TASKS if args.against is None or task not in ("load", "merge")]
+    with ExitStack() as stack:
+        folder = args.standins or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        args.weights = args.weights or find_weights(version, config, folder)
+        rows = []
+        logging.info("%s", " ".join(f"{name:>{width}}" for name, width in COLUMNS))
+        for task in tasks:
+            rows.append(measure(args, task, folder))
+            print(table_line(rows[-1]), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def find_weights(version: str, config: InferenceConfig, folder: Path) -> Path:
+    """The demo model, or stand-ins in their published sizes, made once a folder."""
+    if version == "demo":
+        return first_existing(config.ckpt_path, "--weights")
+    merged = folder / f"merged-{version}.safetensors"
+    if not merged.exists():
+        logging.info("writing stand-ins of %s into %s", version, folder)
+        family = SDXL if version == "xl" else SD15
+        merge(family, **write_standins(folder / version, SIZES[version], family=family), out=merged)
+    return merged
+
+
+def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
+    """Load, then do the work once for every line of standard input and answer with one of JSON."""
+    start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
+    setting = setting_of(args.task[0], args.version, batch_size=args.batch_size, height=args.H, width=args.W,
+                         steps=args.steps)
+    loaded, work = prepare(setting, args.weights, config, args.dtype or default_dtype())
+    print(json.dumps({"load_seconds": loaded, "setting": asdict(setting)}), flush=True)
+    for _ in sys.stdin:
+        seconds, stepping = work()
+        print(json.dumps({"seconds": seconds, "stepping": stepping, "peak_memory_bytes": peak_memory()}), flush=True)
+
+
+class Side:
+    """A process that does the work when told to.
+
+    Args:
+        words: of its command line.
+    """
+
+    def __init__(self, words: list):
+        self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True)
+        self.start, self.replies = self.reply(), []
+
+    def reply(self) -> dict:
+        """The next line of JSON; other lines are a library's talk."""
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise UserError(f"{self.process.args[1]} ended with status {self.process.wait()} before it answered; what it "
+                        "said stands above")
+
+    def work(self) -> None:
+        """Do the work once."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.replies.append(self.reply())
+
+    def figures(self, steps: int, images: int) -> dict:
+        """Medians of all replies but the first, and what the first took longer."""
+        first, *rest = self.replies
+        rest = rest or [first]
+        median = {key: statistics.median(reply[key] for reply in rest) for key in ("seconds", "stepping")}
+        return {"seconds_per_step": median["stepping"] / steps, "steps_per_second": steps / median["stepping"],
+                "images_per_second": images / median["seconds"], "load_seconds": self.start["load_seconds"],
+                "compile_seconds": max(0.0, first["seconds"] - median["seconds"]),
+                "peak_memory_bytes": self.replies[-1]["peak_memory_bytes"],
+                "seconds": [reply["seconds"] for reply in self.replies]}
+
+
+def measure(args: argparse.Namespace, task: str, standins: Path) -> dict:
+    """One row: the work here, and if asked there, in turns, so that a change of the machine's speed meets both."""
+    shared = ["--task", task, "--version", args.version]
+    for flag in ("batch_size", "H", "W", "steps"):
+        shared += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) is not None else []
+    words = [sys.executable, __file__, "--worker", *shared, "--weights", args.weights]
+    for flag in ("config", "device_target", "ms_mode", "dtype", "cpu_threads"):
+        words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) is not None else []
+    sides = []
+    try:
+        sides.append(Side(words))
+        setting = sides[0].start["setting"]
+        if args.against:
+            full = [word for key in ("task", "version", "batch_size", "height", "width", "steps")
+                    for word in (f"--{key}", setting[key])]
+            sides.append(Side([args.torch_python, REFERENCE, *full, "--standins", standins / args.version,
+                               "--threads", args.cpu_threads]))
+        for _ in range(1 if task in ("load", "merge") else args.repeat + 1):
+            for side in sides:
+                side.work()
+    finally:
+        for side in sides:
+            side.process.stdin.close()
+            side.process.wait()
+    images = setting["batch_size"] * (setting["steps"] if task.startswith("train") or task == "unet_step" else 1)
+    ours, *other = (side.figures(setting["steps"], images) for side in sides)
+    row = {**{key: value for key, value in setting.items() if not key.endswith("per_second")}, **ours,
+           "ascend_910": {key: setting[key] for key in ("steps_per_second", "images_per_second")}}
+    if task in ("load", "merge"):  # neither has steps
+        row.update(seconds_per_step=None, steps_per_second=None, images_per_second=None)
+    if other:
+        row["diffusers"] = other[0]
+        row["ratio"] = ours["seconds_per_step"] / other[0]["seconds_per_step"]
+    return row
+
+
+def table_line(row: dict) -> str:
+    """A row under COLUMNS: speeds here and on Ascend 910; diffusers' seconds a step, and ours as a multiple of them."""
+    ascend, other = row["ascend_910"], row.get("diffusers")
+    before = row["seconds"][0] if row["task"] == "merge" else row["load_seconds"]
+    cells = (row["task"], row["version"], f"{row['height']}x{row['width']}", str(row["batch_size"]),
+             row["steps_per_second"], row["images_per_second"], before, row["compile_seconds"],
+             row["peak_memory_bytes"] / 2**30, ascend["steps_per_second"], ascend["images_per_second"],
+             other and other["seconds_per_step"], row.get("ratio"))
+    return " ".join(f"{'' if cell is None else cell if isinstance(cell, str) else f'{cell:.3g}':>{width}}"
+                    for cell, (_, width) in zip(cells, COLUMNS))
+
+
+if __name__ == "__main__":
+    execute(main)
