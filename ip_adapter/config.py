@@ -24,6 +24,7 @@ class ModelConfig:
     Attributes:
         num_heads: heads of every UNet attention, or -1.
         num_head_channels: channels of one head, or -1 if `num_heads` counts.
+        norm_groups: of every group norm of the UNet.
         image_heads: heads of the image encoder.
         scale_factor: what the autoencoder's latents are multiplied by.
         beta_start: beta of timestep 0.
@@ -32,6 +33,7 @@ class ModelConfig:
 
     num_heads: int = 8
     num_head_channels: int = -1
+    norm_groups: int = 32
     image_heads: int = 16
     scale_factor: float = 0.18215
     beta_start: float = 0.00085

@@ -37,16 +37,17 @@ from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
 
 DEMO = ModelSizes(
-    UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 3), context_dim=64),
+    UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 3), context_dim=64, norm_groups=4),
     AutoencoderConfig(channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=1),
     (CLIPTextConfig(width=64, layers=3, heads=1, mlp_width=256),),
     CLIPImageConfig(width=128, layers=3, mlp_width=512, patch_size=32, embed_dim=64),
     ImageProjConfig(embed_dim=64, context_dim=64),
 )
-DEMO_XL = replace(
+DEMO_XL = replace(  # 30 MB in float16 with ControlNet and adapter, so that both demo models stay below 60
     DEMO,
-    unet=UNetConfig(model_channels=32, channel_mult=(2, 2, 3), transformer_depth=(0, 1, 2), middle_depth=2,
-                    context_dim=128, num_heads=-1, num_head_channels=32, use_linear=True, adm_in_channels=64 + 6 * 256),
+    unet=UNetConfig(model_channels=32, channel_mult=(2, 2, 2), transformer_depth=(0, 1, 2), middle_depth=2,
+                    context_dim=128, num_heads=-1, num_head_channels=32, use_linear=True, adm_in_channels=64 + 6 * 256,
+                    norm_groups=4),
     texts=(*DEMO.texts, replace(DEMO.texts[0], activation="gelu", projection=64)),
     proj=ImageProjConfig(embed_dim=64, context_dim=128),
 )

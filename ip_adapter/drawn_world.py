@@ -19,7 +19,7 @@ from ip_adapter.preprocess import canny
 COLOURS = {"red": (225, 20, 50), "orange": (250, 135, 15), "yellow": (240, 245, 40), "green": (25, 160, 55),
            "blue": (20, 95, 235), "purple": (150, 20, 160), "white": (245, 245, 245), "black": (20, 20, 20)}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES = (0.2, 0.36)
+SIZES = (0.28, 0.4)  # smaller ones have arms of less than a latent, which the demo models' 12 x 12 cannot hold
 MARGIN = 0.03  # ground left between a shape and the side of the picture
 LEAN = 15.0  # degrees: beyond, a square would become a diamond
 SHADE = 5.0  # of 255: how much each layer brightens from the middle to a side
@@ -27,7 +27,7 @@ DETAIL = 4  # supersampling along each axis
 
 NAME_WITHIN = 40.0  # Lab distance: named colours off by 25 stay within 35, a middle grey is 43 from white
 LEAST_CONTRAST = 40.0  # RGB distance of shape and ground; the nearest named colours are 113 apart
-LEAST_AREA = 0.01  # of the picture; the smallest star has 0.05
+LEAST_AREA = 0.01  # of the picture; the smallest triangle has 0.10
 LEAST_EXPLAINED = 0.4  # of the variance, by two flat colours
 # IoU with a template from which a shape has a name; 99 % get it whose outline wanders by 2 % of the side.
 LEAST_LIKENESS = {"circle": 0.82, "square": 0.79, "triangle": 0.74, "star": 0.67, "cross": 0.76}

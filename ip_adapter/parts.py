@@ -56,7 +56,7 @@ def merged_sizes(tensors: dict, family: Family, config: ModelConfig) -> ModelSiz
     """What a merged file of a family holds."""
     unet, vae, *texts = (View(tensors, layout) for layout in family.mindspore)
     return ModelSizes(
-        unet_config(unet, config.num_heads, config.num_head_channels),
+        unet_config(unet, config.num_heads, config.num_head_channels, config.norm_groups),
         autoencoder_config(vae),
         tuple(text_config(view, activation) for view, activation in zip(texts, family.activations)),
         image_config(View(tensors, family.image_encoder), config.image_heads),
@@ -157,7 +157,7 @@ def controlnet_part(file: CheckpointFile, unet: UNetConfig, family: Family, dtyp
     probe = ("input_hint_block.0.weight", "middle_block_out.0.weight", "input_blocks.1.0.in_layers.0.gamma")
     layout: Layout = best_layout(file.tensors, probe, (CONTROLNET_DIFFUSERS, *CONTROLNET_TORCH, family.controlnet))
     view = View(file.tensors, layout)
-    size = unet_config(view, unet.num_heads, unet.num_head_channels)
+    size = unet_config(view, unet.num_heads, unet.num_head_channels, unet.norm_groups)
     merged = layout is family.controlnet
     if size is None or any(path not in view for path in probe):
         how = f"merge one with {family.tool} --controlnet FILE or give --controlnet FILE" if any(

@@ -1,6 +1,6 @@
 """Sizes of a network, read off the tensors of a file.
 
-The tensors say everything but head counts, activations and scales, which belong to the family and stand in
+The tensors say everything but head counts, norm groups, activations and scales, which belong to the family and stand in
 configs/*.yaml. So one program serves every size of a family, and a file cannot disagree with its config.
 """
 from __future__ import annotations
@@ -18,13 +18,15 @@ def is_sdxl(tensors: dict) -> bool:
     return any(name.startswith("conditioner.") for name in tensors)
 
 
-def unet_config(view: View, num_heads: int = -1, num_head_channels: int = -1) -> UNetConfig | None:
+def unet_config(view: View, num_heads: int = -1, num_head_channels: int = -1,
+                norm_groups: int = 32) -> UNetConfig | None:
     """Sizes of the UNet (or of the UNet half of a ControlNet) in `view`; None if there is none.
 
     Args:
         view: the tensors, by UNet paths.
         num_heads: heads of every attention, or -1.
         num_head_channels: channels of one head, or -1.
+        norm_groups: of every group norm.
     """
     if "input_blocks.0.0.weight" not in view or "input_blocks.1.0.in_layers.2.weight" not in view:
         return None
@@ -52,7 +54,7 @@ def unet_config(view: View, num_heads: int = -1, num_head_channels: int = -1) ->
         channel_mult=tuple(width // model_channels for width in widths), num_res_blocks=per_level[0],
         transformer_depth=tuple(depths), middle_depth=view.count("middle_block.1.transformer_blocks.{}.norm1.gamma"),
         context_dim=context_dim, num_heads=num_heads, num_head_channels=num_head_channels, use_linear=use_linear,
-        adm_in_channels=label[1] if label else 0)
+        adm_in_channels=label[1] if label else 0, norm_groups=norm_groups)
 
 
 def autoencoder_config(view: View) -> AutoencoderConfig | None:

@@ -52,7 +52,8 @@ FLAGS = {"train_sd.py": SHORT, "train_demo.py": SHORT.replace("64", "32"), "draw
          "merge_ckpts_sdxl.py": "", "convert_checkpoint.py": "", "prepare_coco.py": "",
          "train_sdxl.py": SHORT + " --config small_xl_training.yaml",
          "image_variation_sdxl.py": SMALL + " --config small_xl.yaml",
-         "controlnet_sdxl.py": SMALL + " --config small_xl.yaml"}
+         "controlnet_sdxl.py": SMALL + " --config small_xl.yaml",
+         "benchmark.py": " --task unet_step --H 64 --W 64 --repeat 1 --ms_mode 1"}
 STAGE_FILE = r"(runs/demo_\w+/ckpt/\w+-)\d+\."  # of a stage of the demo's training, which SHORT ends at step 2
 TIMED_FILE = r"runs/YYYY\.mm\.DD-HH:MM:SS/(weights/SDXL-base-1.0-)200000"  # of SDXL's training, likewise
 

@@ -183,13 +183,14 @@ class SpatialTransformer(nn.Cell):
         depth: how many blocks.
         context_dim: D of the context.
         use_linear: SDXL stores proj_in and proj_out as matrices, SD-1.5 as 1x1 convolutions; the product is the same.
+        groups: of the norm.
         dtype: of the weights.
     """
 
     def __init__(self, channels: int, num_heads: int, depth: int, context_dim: int, use_linear: bool = False,
-                 dtype=mstype.float32):
+                 groups: int = 32, dtype=mstype.float32):
         super().__init__()
-        self.norm = GroupNorm(channels, epsilon=1e-6)
+        self.norm = GroupNorm(channels, groups, epsilon=1e-6)
         self.proj_in = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
         self.transformer_blocks = nn.CellList(
             [BasicTransformerBlock(channels, num_heads, context_dim, dtype) for _ in range(depth)])

@@ -27,6 +27,8 @@ class UNetConfig:
         num_head_channels: channels of one head, or -1.
         use_linear: proj_in and proj_out are matrices.
         adm_in_channels: width of the vector condition (SDXL), 0 for none.
+        norm_groups: of every group norm. Groups of a single channel would lose its mean, which holds colours, so narrow
+            networks have fewer.
     """
 
     in_channels: int = 4
@@ -41,6 +43,7 @@ class UNetConfig:
     num_head_channels: int = -1
     use_linear: bool = False
     adm_in_channels: int = 0
+    norm_groups: int = 32
 
     def heads(self, channels: int) -> int:
         """Heads of an attention over `channels`."""
@@ -54,13 +57,13 @@ class ResBlock(nn.Cell):
     `out_layers` is a dropout of zero.
     """
 
-    def __init__(self, channels: int, emb_channels: int, out_channels: int, dtype=mstype.float32):
+    def __init__(self, channels: int, emb_channels: int, out_channels: int, groups: int = 32, dtype=mstype.float32):
         super().__init__()
         self.in_layers = nn.SequentialCell(
-            GroupNorm(channels), SiLU(), Conv2d(channels, out_channels, 3, padding=1, dtype=dtype))
+            GroupNorm(channels, groups), SiLU(), Conv2d(channels, out_channels, 3, padding=1, dtype=dtype))
         self.emb_layers = nn.SequentialCell(SiLU(), Linear(emb_channels, out_channels, dtype=dtype))
         self.out_layers = nn.SequentialCell(
-            GroupNorm(out_channels), SiLU(), nn.Identity(),
+            GroupNorm(out_channels, groups), SiLU(), nn.Identity(),
             Conv2d(out_channels, out_channels, 3, padding=1, dtype=dtype))
         self.skip_connection = (
             nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1, dtype=dtype))
@@ -127,7 +130,7 @@ class UNetEncoder(nn.Cell):
         self.skip_channels = [width]
         for level, (mult, depth) in enumerate(zip(config.channel_mult, config.transformer_depth)):
             for _ in range(config.num_res_blocks):
-                layers = [ResBlock(width, emb_dim, mult * config.model_channels, dtype)]
+                layers = [ResBlock(width, emb_dim, mult * config.model_channels, config.norm_groups, dtype)]
                 width = mult * config.model_channels
                 blocks.append(TimestepEmbedSequential(layers + self.attention(width, depth)))
                 self.skip_channels.append(width)
@@ -136,15 +139,16 @@ class UNetEncoder(nn.Cell):
                 self.skip_channels.append(width)
         self.input_blocks = nn.CellList(blocks)
         self.middle_block = TimestepEmbedSequential(
-            [ResBlock(width, emb_dim, width, dtype)] + self.attention(width, config.middle_depth)
-            + [ResBlock(width, emb_dim, width, dtype)])
+            [ResBlock(width, emb_dim, width, config.norm_groups, dtype)] + self.attention(width, config.middle_depth)
+            + [ResBlock(width, emb_dim, width, config.norm_groups, dtype)])
 
     def attention(self, channels: int, depth: int) -> list:
         """The SpatialTransformer that follows a residual block, as a list; empty if depth is 0."""
         if depth == 0:
             return []
         c = self.config
-        return [SpatialTransformer(channels, c.heads(channels), depth, c.context_dim, c.use_linear, self.dtype)]
+        return [SpatialTransformer(channels, c.heads(channels), depth, c.context_dim, c.use_linear, c.norm_groups,
+                                   self.dtype)]
 
     def embed(self, timesteps: Tensor, y) -> Tensor:
         """(B,) timesteps and (B, V) vector condition or None -> (B, 4 M)."""
@@ -165,7 +169,8 @@ class UNetModel(UNetEncoder):
         for level in reversed(range(len(levels))):
             mult, depth = levels[level]
             for i in range(config.num_res_blocks + 1):
-                layers = [ResBlock(width + skips.pop(), emb_dim, mult * config.model_channels, dtype)]
+                layers = [ResBlock(width + skips.pop(), emb_dim, mult * config.model_channels, config.norm_groups,
+                                   dtype)]
                 width = mult * config.model_channels
                 layers += self.attention(width, depth)
                 if level > 0 and i == config.num_res_blocks:
@@ -173,7 +178,7 @@ class UNetModel(UNetEncoder):
                 blocks.append(TimestepEmbedSequential(layers))
         self.output_blocks = nn.CellList(blocks)
         self.out = nn.SequentialCell(
-            GroupNorm(width), SiLU(), Conv2d(width, config.out_channels, 3, padding=1, dtype=dtype))
+            GroupNorm(width, config.norm_groups), SiLU(), Conv2d(width, config.out_channels, 3, padding=1, dtype=dtype))
 
     def construct(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor = None, control=None) -> Tensor:
         """Predict the noise.

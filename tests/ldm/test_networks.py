@@ -11,6 +11,7 @@ from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ModelConfig
 from ip_adapter.preprocess import clip_pixels, hint_pixels, open_image
 from ldm.model import Condition, Control, GuidedDenoiser
+from ldm.modules.layers import GroupNorm
 from tests.conftest import DATA, reference
 
 PROMPTS = ["a red circle"]
@@ -105,6 +106,14 @@ def test_controlnets_add_up(model, expected, hint):
     a = twice(*words, Tensor(np.concatenate([hint.asnumpy()] * 2)), Tensor([0.5, 0.25], ms.float32)).asnumpy()
     b = once(*words, hint, Tensor([0.75], ms.float32)).asnumpy()
     assert_close(a, b, 1e-5)
+
+
+def test_norm_groups_of_the_configuration_reach_every_norm(merged_control):
+    """Of UNet and ControlNet; the autoencoder keeps its 32."""
+    model = build_model(merged_control, ModelConfig(norm_groups=4), extra=ExtraParts(controlnets=[None]))
+    networks = model.diffusion.unet, model.diffusion.controlnets[0], model.diffusion.vae
+    for network, groups in zip(networks, (4, 4, 32)):
+        assert {cell.groups for _, cell in network.cells_and_names() if isinstance(cell, GroupNorm)} == {groups}
 
 
 def test_autoencoder(model, expected):
