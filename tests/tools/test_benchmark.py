@@ -14,14 +14,24 @@ from tests.conftest import ROOT, shell
 main = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_runs_on_both_families(task, merged_control, merged_xl, xl_config):
-    for weights, config in ((merged_control, InferenceConfig()), (merged_xl, xl_config)):
-        setting = setting_of(task, "1.5", batch_size=2, height=64, width=64, steps=2)
-        loaded, work = prepare(setting, weights, config, "float32")
-        seconds, stepping = work()
-        assert 0 < stepping <= seconds
-        assert task == "merge" or loaded > 0
+def test_every_task_runs(task, merged_control):
+    works(task, merged_control, InferenceConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["unet_step", "controlnet", "train_uncached"])
+def test_and_of_the_other_family_what_differs(task, merged_xl, xl_config):
+    works(task, merged_xl, xl_config)
+
+
+def works(task, weights, config):
+    setting = setting_of(task, "1.5", batch_size=1, height=64, width=64, steps=2)
+    loaded, work = prepare(setting, weights, config, "float32")
+    seconds, stepping = work()
+    assert 0 < stepping <= seconds
+    assert task == "merge" or loaded > 0
 
 
 @pytest.fixture
