@@ -22,7 +22,7 @@ from ip_adapter.adapter_file import adapter_parameters
 from ip_adapter.build import ExtraParts, ImagePromptModel, build_model
 from ip_adapter.config import InferenceConfig
 from ip_adapter.dataset import Batch
-from ip_adapter.families import SDXL, family_of
+from ip_adapter.families import family_of
 from ip_adapter.features import FrozenEncoders
 from ip_adapter.image_prompt import ImageProjConfig
 from ip_adapter.inputs import Hint
@@ -151,7 +151,6 @@ def _denoising(model: ImagePromptModel, setting: Setting, config: InferenceConfi
     sides = (side.repeated(setting.batch_size)
              for side in model.conditions(picture, [(s.prompt, s.negative_prompt)])[0])
     timesteps = diffusion.timesteps(setting.steps)
-    levels = diffusion.levels(setting.steps)[:-1] if model.family is SDXL else timesteps
     hints = [Hint(picture, s.control_scale, 0.0, 1.0)] * (setting.task == "controlnet")
     denoise = diffusion.denoiser(*sides, s.scale, model.controls(hints, timesteps))
     shape = setting.batch_size, diffusion.unet.config.in_channels, setting.height // 8, setting.width // 8
@@ -159,7 +158,7 @@ def _denoising(model: ImagePromptModel, setting: Setting, config: InferenceConfi
 
     def single_steps() -> tuple:
         begun = time.perf_counter()
-        for level in levels:
+        for level in diffusion.levels(setting.steps)[: setting.steps]:
             denoise(noise, level).asnumpy()
         seconds = time.perf_counter() - begun
         return seconds, seconds
@@ -169,7 +168,8 @@ def _denoising(model: ImagePromptModel, setting: Setting, config: InferenceConfi
         if setting.task in ("image_to_image", "inpainting"):
             clean = diffusion.encode_image(latent_pixels(picture))
         if setting.task == "inpainting":
-            mask = np.arange(setting.height)[:, None] < np.full((1, setting.width), setting.height // 2)
+            mask = np.zeros((setting.height, setting.width), bool)
+            mask[: setting.height // 2] = True
             keep = KeptRegion(clean, noise, latent_mask(mask), diffusion.add_noise)
         sampling = time.perf_counter()
         *_, latents = diffusion.sample(denoise, noise, setting.steps, keep)

@@ -150,6 +150,10 @@ class LatentDiffusion:
         """(S,) at which the network is asked by `sample`."""
         return leading_timesteps(steps)
 
+    def levels(self, steps: int) -> np.ndarray:
+        """The noise levels of `sample` as its `denoise` is told them; the first S are asked for."""
+        return self.timesteps(steps)
+
     def add_noise(self, clean: Tensor, noise: Tensor, level) -> Tensor:
         """Clean latents as they are at a level of `sample`."""
         return self.schedule.add_noise(clean, noise, level)

@@ -22,6 +22,7 @@ from ip_adapter.benchmark import SIZES, TASKS, peak_memory, prepare, setting_of 
 from ip_adapter.cli import (  # noqa: E402
     EITHER,
     Parser,
+    add_config_flags,
     add_device_flags,
     config_from,
     execute,
@@ -45,12 +46,10 @@ COLUMNS = (("task", 16), ("version", 7), ("size", 9), ("batch", 5), ("step/s", 8
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, time every task in processes of its own, print the table."""
-    version, config = config_from(argv, InferenceConfig, EITHER)
+    version, config = config_from(argv, versions=EITHER)
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, action="append", help="what to time, may be repeated (default: all)")
-    add("--version", choices=list(EITHER), default=version, help="of the model")
-    add("--config", help="YAML file with what the checkpoint's tensors do not tell (default: by --version)")
     add("--weights", type=existing_file, help="merged checkpoint (default: the demo model, or seeded stand-ins)")
     add("--standins", type=Path, help="folder to keep the seeded stand-ins in, 20 GB for 1.5 and 50 GB for xl "
                                       "(default: a temporary one)")
@@ -63,6 +62,7 @@ def main(argv: list | None = None) -> None:
     add("--torch_python", type=existing_file, default=sys.executable, help="Python that has torch and diffusers")
     add("--json", type=Path, help="file to write all figures to")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_config_flags(parser, version, EITHER)
     add_device_flags(parser, "0")
     args = parser.parse_args(argv)
     start_logging(args.log_level)

@@ -4,8 +4,8 @@ It is started by that tool, in the environment of reference_sd.py, on the same s
 
     python tools/benchmark.py --task unet_step --against diffusers --torch_python TORCH_PYTHON --standins runs/standins
 
-Training is the step of tencent-ailab/IP-Adapter: tutorial_train.py and tutorial_train_sdxl.py: gradients of the adapter
-and AdamW, with pictures and captions encoded anew at every step. It caches nothing, so it is the same for both of ours.
+Training, of SD-1.5 only, is the step of tencent-ailab/IP-Adapter: tutorial_train.py: gradients of the adapter and
+AdamW, with pictures and captions encoded anew at every step. It caches nothing, so it is the same for both of ours.
 """
 from __future__ import annotations
 

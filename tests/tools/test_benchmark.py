@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ip_adapter.benchmark import SETTINGS, TASKS, prepare, setting_of
-from ip_adapter.config import InferenceConfig
+from ip_adapter.config import InferenceConfig, ModelConfig
 from tests.conftest import ROOT, shell
 
 main = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))
@@ -22,8 +22,8 @@ def test_every_task_runs(task, merged_control):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["unet_step", "controlnet", "train_uncached"])
-def test_and_of_the_other_family_what_differs(task, merged_xl, xl_config):
-    works(task, merged_xl, xl_config)
+def test_and_of_the_other_family_what_differs(task, merged_xl):
+    works(task, merged_xl, InferenceConfig(model=ModelConfig(num_heads=-1, num_head_channels=32)))
 
 
 def works(task, weights, config):
@@ -32,13 +32,6 @@ def works(task, weights, config):
     seconds, stepping = work()
     assert 0 < stepping <= seconds
     assert task == "merge" or loaded > 0
-
-
-@pytest.fixture
-def xl_config():
-    config = InferenceConfig()
-    config.model.num_heads, config.model.num_head_channels = -1, 32
-    return config
 
 
 def test_other_work_than_the_documents_has_none_of_its_figures():
