@@ -4,8 +4,8 @@ It is started by that tool, in the environment of reference_sd.py, on the same s
 
     python tools/benchmark.py --task unet_step --against diffusers --torch_python TORCH_PYTHON --standins runs/standins
 
-Training, of SD-1.5 only, is the step of tencent-ailab/IP-Adapter: tutorial_train.py: gradients of the adapter and
-AdamW, with pictures and captions encoded anew at every step. It caches nothing, so it is the same for both of ours.
+Training is the step of tencent-ailab/IP-Adapter: tutorial_train.py and tutorial_train_sdxl.py: gradients of the adapter
+and AdamW, with pictures and captions encoded anew at every step. It caches nothing, so it is the same for both of ours.
 """
 from __future__ import annotations
 
@@ -139,10 +139,23 @@ def pictures(args: argparse.Namespace, pipe, given: dict, picture: Image.Image) 
 
 
 def training(args: argparse.Namespace, shared: SimpleNamespace, picture: Image.Image) -> Callable:
-    """The official script's step."""
+    """The official scripts' step."""
+    n, sizes = args.batch_size, [[args.height, args.width, 0, 0, args.height, args.width]]
     if args.version == "xl":
-        raise SystemExit("the training of SDXL is not among what is held against diffusers")
-    pipe = reference_sd.build_pipeline(shared)
+        pipe, texts, images = (reference_sdxl.build_pipeline(shared), reference_sdxl.text_pipeline(shared),
+                               reference_sdxl.image_pipeline(shared))
+
+        def text() -> tuple:
+            states, _, pooled, _ = texts.encode_prompt(["a picture"] * n, device="cpu",
+                                                       do_classifier_free_guidance=False)
+            return states, {"text_embeds": pooled, "time_ids": torch.tensor(sizes * n, dtype=torch.float32)}
+    else:
+        pipe = images = reference_sd.build_pipeline(shared)
+
+        def text() -> tuple:
+            tokens = pipe.tokenizer(["a picture"] * n, padding="max_length", return_tensors="pt").input_ids
+            return pipe.text_encoder(tokens)[0], {}
+
     unet = pipe.unet.train()
     trained = list(unet.encoder_hid_proj.parameters())
     for processor in unet.attn_processors.values():
@@ -152,7 +165,6 @@ def training(args: argparse.Namespace, shared: SimpleNamespace, picture: Image.I
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01)
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    n = args.batch_size
 
     def work() -> tuple:
         begun = time.perf_counter()
@@ -160,13 +172,13 @@ def training(args: argparse.Namespace, shared: SimpleNamespace, picture: Image.I
             with torch.no_grad():
                 pixels = pipe.image_processor.preprocess([picture] * n)
                 latents = pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor
-                clip = pipe.feature_extractor([picture] * n, return_tensors="pt").pixel_values
-                embedding = pipe.image_encoder(clip).image_embeds
-                tokens = pipe.tokenizer(["a picture"] * n, padding="max_length", return_tensors="pt").input_ids
-                text = pipe.text_encoder(tokens)[0]
+                clip = images.feature_extractor([picture] * n, return_tensors="pt").pixel_values
+                embedding = images.image_encoder(clip).image_embeds
+                states, added = text()
             noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (n,))
             noisy = schedule.add_noise(latents, noise, timesteps)
-            predicted = unet(noisy, timesteps, text, added_cond_kwargs={"image_embeds": [embedding[:, None]]}).sample
+            added["image_embeds"] = [embedding[:, None]]
+            predicted = unet(noisy, timesteps, states, added_cond_kwargs=added).sample
             loss = torch.nn.functional.mse_loss(predicted.float(), noise.float())
             loss.backward()
             optimizer.step()

@@ -124,23 +124,30 @@ def load_text_encoders(path: str) -> tuple:
     return first, fill(CLIPTextModelWithProjection, config, named, DTYPE)
 
 
-def encode(args: argparse.Namespace) -> dict:
-    """What the pipeline is given in place of texts and picture, so that the encoders are gone when the UNet is read."""
+def text_pipeline(args: argparse.Namespace) -> StableDiffusionXLPipeline:
+    """A pipeline that encodes texts."""
     first, second = load_text_encoders(args.base)
     tokenizer, tokenizer_2 = load_tokenizer(args.tokenizer), load_tokenizer(args.tokenizer)
     tokenizer_2.pad_token = "!"  # id 0
-    pipe = StableDiffusionXLPipeline(None, first, second, tokenizer, tokenizer_2, None, None, add_watermarker=False,
+    return StableDiffusionXLPipeline(None, first, second, tokenizer, tokenizer_2, None, None, add_watermarker=False,
                                      force_zeros_for_empty_prompt=False)
-    names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
-    given = dict(zip(names, pipe.encode_prompt(clean(args.prompt), device="cpu", num_images_per_prompt=1,
-                                               negative_prompt=clean(args.negative_prompt))))
-    del pipe, first, second
+
+
+def image_pipeline(args: argparse.Namespace) -> StableDiffusionXLPipeline:
+    """A pipeline that encodes picture prompts."""
     image_encoder = load_image_encoder(args.image_encoder, DTYPE)
     size = image_encoder.config.image_size
-    pipe = StableDiffusionXLPipeline(
+    return StableDiffusionXLPipeline(
         None, None, None, None, None, None, None, image_encoder=image_encoder, add_watermarker=False,
         feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size))
-    embedding, zeros = pipe.encode_image(load_image(args.img), "cpu", 1)
+
+
+def encode(args: argparse.Namespace) -> dict:
+    """What the pipeline is given in place of texts and picture, so that the encoders are gone when the UNet is read."""
+    names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+    given = dict(zip(names, text_pipeline(args).encode_prompt(
+        clean(args.prompt), device="cpu", num_images_per_prompt=1, negative_prompt=clean(args.negative_prompt))))
+    embedding, zeros = image_pipeline(args).encode_image(load_image(args.img), "cpu", 1)
     return {**given, "ip_adapter_image_embeds": [torch.stack([zeros, embedding])]}
 
 
