@@ -11,7 +11,7 @@ from gm.conditioner import Conditioner, Sizes, sizes_embedding
 from gm.denoiser import Denoiser, add_noise, starting_noise, timesteps_of
 from gm.discretizer import discretize
 from gm.sampler import sample_euler
-from ldm.model import Condition, Control, LatentDiffusion
+from ldm.model import Condition, Control, LatentDiffusion, Shortcuts
 
 
 @dataclass
@@ -63,6 +63,6 @@ class DiffusionEngine(LatentDiffusion):
         return sample_euler(denoise, starting_noise(noise, sigmas[0]), sigmas, keep=keep)
 
     def denoiser(self, cond: Condition, uncond: Condition, guidance_scale: float,
-                 controls: list[Control] = ()) -> Denoiser:
+                 controls: list[Control] = (), shortcuts: Shortcuts = Shortcuts()) -> Denoiser:
         """As the base class', but (x, sigma) -> predicted clean x."""
-        return Denoiser(super().denoiser(cond, uncond, guidance_scale, controls), self.schedule)
+        return Denoiser(super().denoiser(cond, uncond, guidance_scale, controls, shortcuts), self.schedule)

@@ -21,7 +21,7 @@ from PIL import Image
 from ip_adapter.adapter_file import adapter_parameters
 from ip_adapter.build import ExtraParts, ImagePromptModel, build_model
 from ip_adapter.config import InferenceConfig
-from ip_adapter.dataset import Batch
+from ip_adapter.dataset import Batch, ImageTextDataset, Loader, Stream, samples_of
 from ip_adapter.families import family_of
 from ip_adapter.features import FrozenEncoders
 from ip_adapter.image_prompt import ImageProjConfig
@@ -49,7 +49,7 @@ class Setting:
 
     Attributes:
         task: of TASKS.
-        version: of the model: "1.5", "xl" or "demo".
+        version: of the model: "1.5", "xl", "demo" or "xl_demo".
         batch_size: pictures made or learned from together; guidance doubles what the UNet is given.
         height: of a picture in pixels.
         width: likewise.
@@ -80,11 +80,14 @@ SETTINGS = (
     Setting("controlnet", "xl", 3, 1024, 1024, 30, 2.55, 0.25),
     *(Setting(task, version, 1, size, size, 1) for version, size in (("1.5", 512), ("xl", 1024))
       for task in ("unet_step", "train_uncached", "load", "merge")),
-    *(Setting(task, "demo", batch, 96, 96, steps) for task, batch, steps in (
+    Setting("read", "1.5", 16, 512, 512, 4), Setting("read", "xl", 4, 1024, 1024, 4),
+    *(Setting(task, version, batch, 96, 96, steps) for version in ("demo", "xl_demo") for task, batch, steps in (
         ("train", 32, 1), ("train_uncached", 32, 1), ("image_variation", 4, 20), ("image_to_image", 4, 12),
-        ("inpainting", 4, 14), ("controlnet", 4, 20), ("unet_step", 4, 1), ("load", 1, 1), ("merge", 1, 1))),
+        ("inpainting", 4, 14), ("controlnet", 4, 20), ("unet_step", 4, 1), ("load", 1, 1), ("merge", 1, 1),
+        ("read", 32, 4))),
 )
 TASKS = tuple(dict.fromkeys(setting.task for setting in SETTINGS))
+ALONE = ("load", "merge", "read")  # what is not held against diffusers
 
 
 def setting_of(task: str, version: str, **changes: int | None) -> Setting:
@@ -115,6 +118,8 @@ def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str
     """
     if setting.task == "merge":
         return 0.0, functools.partial(_merge, weights)
+    if setting.task == "read":
+        return 0.0, functools.partial(_read, setting)
     begun = time.perf_counter()
     training = setting.task.startswith("train")
     extra = ExtraParts(controlnets=[None] * (setting.task == "controlnet"))
@@ -141,6 +146,24 @@ def _merge(weights: Path) -> tuple:
         begun = time.perf_counter()
         merge(family, weights, weights, None, None, Path(folder) / "merged.ckpt", skip_ip=True)
         seconds = time.perf_counter() - begun
+    return seconds, seconds
+
+
+def _read(setting: Setting) -> tuple:
+    """Batches for training from 640x480 JPEG files (quality 90), as often used as it takes, without any network."""
+    count, rng = 16, np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(count):
+            coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), np.uint8))
+            coarse.resize((640, 480), Image.BICUBIC).save(Path(folder) / f"{n}.jpg", quality=90)
+        rows = "".join(f"{n}.jpg,a picture\n" for n in range(count))
+        (Path(folder) / "img_txt.csv").write_text("dir,text\n" + rows)
+        dataset, stream = ImageTextDataset(Path(folder), setting.height), Stream(count, setting.batch_size, 0)
+        with Loader(stream, samples_of(dataset, 0)) as loader:
+            batches, begun = iter(loader), time.perf_counter()
+            for _ in range(setting.steps):
+                next(batches)
+            seconds = time.perf_counter() - begun
     return seconds, seconds
 
 

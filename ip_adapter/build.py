@@ -171,7 +171,7 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
         check([part for _, part in encoders + denoising + autoencoder], allowed="|".join(
             [re.escape(CONTROLNET_PREFIX)] + [family.adapter_names] * (adapter is not base)))
         if extra.vae:
-            vae, part = vae_part(opened(extra.vae), vae_kind)
+            vae, part = vae_part(opened(extra.vae), config.norm_groups, vae_kind)
             autoencoder = [(vae, part)]
         controlnets = [controlnet_part(opened(file) if file else base, sizes.unet, family, kind)
                        for file in extra.controlnets]

@@ -22,10 +22,11 @@ from ldm.parallel import leave
 
 # Configuration files by --version.
 INFERENCE_SD = {"1.5": "inference/sd_v15.yaml", "demo": "inference/sd_demo.yaml"}
-INFERENCE_SDXL = {"xl": "inference/sd_xl_base.yaml"}
-# Those of a family, and for what is made with either.
+INFERENCE_SDXL = {"xl": "inference/sd_xl_base.yaml", "demo": "inference/sd_xl_demo.yaml"}
+# Those of a family; and, for what is made with either family, the demo models' and all.
 INFERENCE = {SD15.name: INFERENCE_SD, SDXL.name: INFERENCE_SDXL}
-EITHER = {**INFERENCE_SD, "xl": INFERENCE_SDXL["xl"]}
+DEMOS = {"demo": INFERENCE_SD["demo"], "xl_demo": INFERENCE_SDXL["demo"]}
+EITHER = {"1.5": INFERENCE_SD["1.5"], "xl": INFERENCE_SDXL["xl"], **DEMOS}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -202,11 +203,23 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
         help="adapter to use instead of the checkpoint's: published, or finetuned by the training script")
     add("--vae", type=existing_file, help="autoencoder to use instead of the checkpoint's")
     add_device_flags(parser, "0 on Ascend, 1 on the CPU, where compiling takes longer than it saves")
+    add("--graph_cache", type=Path, help="folder to keep compiled graphs in, and to take those of like runs from")
     add("--output_path", "--save_path", type=Path, default=Path(config.output_path), help="output folder")
     add("--skip_save", action="store_true", help="do not write the single pictures")
     add("--skip_grid", action="store_true", help="do not write the grid")
+    add_shortcut_flags(parser)
     add_control_flags(parser, config, controlled)
     return parser
+
+
+def add_shortcut_flags(parser: Parser) -> None:
+    """The flags that trade exactness for time."""
+    add = parser.add_argument_group("Shortcuts", "Faster, and a slightly different picture.").add_argument
+    add("--guidance_start", type=in_range(float, 0, 1),
+        help="fraction of the steps before guidance begins; without it a step is half the work (default: 0)")
+    add("--guidance_end", type=in_range(float, 0, 1), help="fraction of the steps after which it ends (default: 1)")
+    add("--deep_every", type=in_range(int, 1, 1000),
+        help="make the UNet's deep features at every Nth step only, and keep them in between (default: 1)")
 
 
 def add_edm_flags(parser: Parser, config: InferenceConfig) -> None:

@@ -24,7 +24,7 @@ class ModelConfig:
     Attributes:
         num_heads: heads of every UNet attention, or -1.
         num_head_channels: channels of one head, or -1 if `num_heads` counts.
-        norm_groups: of every group norm of the UNet.
+        norm_groups: of every group norm of the UNet, the ControlNets and the autoencoder.
         image_heads: heads of the image encoder.
         scale_factor: what the autoencoder's latents are multiplied by.
         beta_start: beta of timestep 0.

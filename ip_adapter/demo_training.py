@@ -37,8 +37,8 @@ from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
 
 DEMO = ModelSizes(
-    UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 3), context_dim=64, norm_groups=4),
-    AutoencoderConfig(channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=1),
+    UNetConfig(model_channels=32, channel_mult=(2, 2, 3, 3), context_dim=64, norm_groups=4),
+    AutoencoderConfig(channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=1, norm_groups=4),
     (CLIPTextConfig(width=64, layers=3, heads=1, mlp_width=256),),
     CLIPImageConfig(width=128, layers=3, mlp_width=512, patch_size=32, embed_dim=64),
     ImageProjConfig(embed_dim=64, context_dim=64),
@@ -169,14 +169,6 @@ def autoencoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) 
     return Stage(AutoencoderLoss(vae), network_parameters({"vae": vae}), make, _columns, _tensors, publish)
 
 
-def decoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:
-    """The decoder alone, further: latents stay what they are, so this may run while the UNet trains on them."""
-    stage = autoencoder_stage(model, dataset, args)
-    decoder = {name: parameter for name, parameter in stage.parameters.items()
-               if name.startswith(("vae.decoder.", "vae.post_quant_conv."))}
-    return stage._replace(parameters=decoder, publish=lambda path, trained: save_model(path, model, trained))
-
-
 def normalised(trained: dict, moments: np.ndarray, scale_factor: float) -> dict:
     """The same autoencoder with latents that have mean 0 and, times `scale_factor`, deviation 1 in every channel.
 
@@ -255,9 +247,9 @@ def controlnet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -
 
 
 # What is trained of which family. SDXL's demo model shares the autoencoder of the other.
-STAGES = {"vae": (SD15, autoencoder_stage), "decoder": (SD15, decoder_stage), "clip": (SD15, encoder_stage),
-          "unet": (SD15, unet_stage), "controlnet": (SD15, controlnet_stage), "clip_xl": (SDXL, encoder_stage),
-          "unet_xl": (SDXL, unet_stage), "controlnet_xl": (SDXL, controlnet_stage)}
+STAGES = {"vae": (SD15, autoencoder_stage), "clip": (SD15, encoder_stage), "unet": (SD15, unet_stage),
+          "controlnet": (SD15, controlnet_stage), "clip_xl": (SDXL, encoder_stage), "unet_xl": (SDXL, unet_stage),
+          "controlnet_xl": (SDXL, controlnet_stage)}
 
 
 def start_at_zero(cell: nn.Cell, pattern: str) -> None:

@@ -33,9 +33,14 @@ class Hint:
     made: bool = False
 
     def acting(self, timesteps: np.ndarray) -> set:
-        """Those of a sampler's timesteps at which it acts: whole steps between `start` and `end`."""
-        n = len(timesteps)
-        return {float(t) for i, t in enumerate(timesteps) if i / n >= self.start and (i + 1) / n <= self.end}
+        """Those of a sampler's timesteps at which it acts."""
+        return timesteps_between(timesteps, self.start, self.end)
+
+
+def timesteps_between(timesteps: np.ndarray, start: float, end: float) -> set:
+    """Those of a sampler's timesteps whose whole step lies between two fractions of all steps."""
+    n = len(timesteps)
+    return {float(t) for i, t in enumerate(timesteps) if i / n >= start and (i + 1) / n <= end}
 
 
 @dataclass

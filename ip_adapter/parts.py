@@ -57,7 +57,7 @@ def merged_sizes(tensors: dict, family: Family, config: ModelConfig) -> ModelSiz
     unet, vae, *texts = (View(tensors, layout) for layout in family.mindspore)
     return ModelSizes(
         unet_config(unet, config.num_heads, config.num_head_channels, config.norm_groups),
-        autoencoder_config(vae),
+        autoencoder_config(vae, config.norm_groups),
         tuple(text_config(view, activation) for view, activation in zip(texts, family.activations)),
         image_config(View(tensors, family.image_encoder), config.image_heads),
         image_proj_config(View(tensors, family.image_proj)),
@@ -67,11 +67,11 @@ def merged_sizes(tensors: dict, family: Family, config: ModelConfig) -> ModelSiz
 ENCODERS = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
 
 
-def vae_part(file: CheckpointFile, dtype=mstype.float32) -> tuple:
+def vae_part(file: CheckpointFile, norm_groups: int = 32, dtype=mstype.float32) -> tuple:
     """The autoencoder a file holds, in any spelling: the network, not initialised, and its checked part."""
     probe = ("encoder.norm_out.gamma", "encoder.mid.attn_1.q.weight")
     layout = best_layout(file.tensors, probe, VAE_DIFFUSERS + (VAE_ALONE, VAE_TORCH, VAE_MINDSPORE))
-    size = autoencoder_config(View(file.tensors, layout))
+    size = autoencoder_config(View(file.tensors, layout), norm_groups)
     if size is None:
         raise CheckpointError(f"--vae {file.path}: holds no autoencoder; expected that of diffusers, such as "
                               "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ldm.errors import UserError
 
@@ -76,43 +76,6 @@ def grid(inputs: list, pictures: np.ndarray) -> Image.Image:
     height, width = pictures.shape[1:3]
     cells = [np.asarray(ImageOps.pad(image, (width, height), color="white")) for image in inputs]
     return Image.fromarray(np.concatenate(cells + list(pictures), axis=1))
-
-
-def line_chart(values: list, title: str, size: tuple = (640, 320)) -> Image.Image:
-    """A curve over its index: every value in grey, a running mean over a twentieth of them in blue.
-
-    Args:
-        values: numbers; those that are not finite are left out.
-        title: above the curve, with the last mean.
-        size: width and height in pixels.
-    """
-    width, height = size
-    left, top, right, bottom = 56, 28, width - 12, height - 28
-    picture = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(picture)
-    points = [(i, value) for i, value in enumerate(values) if np.isfinite(value)]
-    if not points:
-        return picture
-    index, height_of = np.array([i for i, _ in points]), np.array([value for _, value in points])
-    window = max(1, len(points) // 20)
-    sums = np.cumsum(np.insert(height_of, 0, 0.0))
-    first = np.maximum(np.arange(len(points)) + 1 - window, 0)
-    mean = (sums[1:] - sums[first]) / (np.arange(len(points)) + 1 - first)
-    low, high = float(height_of.min()), float(height_of.max())
-    x = left + (right - left) * index / max(1, len(values) - 1)
-
-    def y(value):
-        return bottom - (bottom - top) * (value - low) / max(high - low, 1e-12)
-
-    pen.rectangle((left, top, right, bottom), outline="black")
-    for curve, colour in ((height_of, (190, 190, 190)), (mean, (30, 80, 200))):
-        pen.line(list(zip(x, y(curve))), fill=colour, width=1 if colour[0] > 100 else 2)
-    pen.text((left, 8), f"{title}, mean of the last {window}: {mean[-1]:.4g}", fill="black")
-    for value in (low, high):
-        pen.text((4, y(value) - 6), f"{value:.3g}", fill="black")
-    pen.text((left, bottom + 8), "1", fill="black")
-    pen.text((right - 6 * len(str(len(values))), bottom + 8), str(len(values)), fill="black")
-    return picture
 
 
 def file_sha256(path: Path) -> str:

@@ -20,16 +20,19 @@ from ip_adapter.build import ImagePromptModel, build_model
 from ip_adapter.cli import default_weights, extra_parts
 from ip_adapter.config import InferenceConfig
 from ip_adapter.families import SDXL
-from ip_adapter.inputs import Hint, Inputs
+from ip_adapter.graph_cache import keep_run_graphs
+from ip_adapter.inputs import Hint, Inputs, timesteps_between
 from ip_adapter.pictures import file_sha256, grid, save_png
 from ldm.errors import UserError
+from ldm.model import Shortcuts
 
 log = logging.getLogger(__name__)
 
 # Flags of single tasks that the metadata names where they are given.
 OWN_FLAGS = ("guider", "discretization", "orig_height", "orig_width", "crop_coords_top", "crop_coords_left",
              "target_height", "target_width", "latents", "ref_img", "ref_mask", "strength", "invert_mask",
-             "paste_original", "mask_blur", "control_image", "control_scale", "control_start", "control_end", "canny")
+             "paste_original", "mask_blur", "control_image", "control_scale", "control_start", "control_end", "canny",
+             "guidance_start", "guidance_end", "deep_every")
 
 
 @dataclass
@@ -125,7 +128,7 @@ class Run:
         self._save_hints(inputs.hints)
         for batch in self.batches():
             cond, uncond = (side.repeated(len(batch.seeds)) for side in batch.sides)
-            denoise = model.diffusion.denoiser(cond, uncond, self.args.scale, controls)
+            denoise = model.diffusion.denoiser(cond, uncond, self.args.scale, controls, shortcuts(self.args, timesteps))
             latents = self.sample(sample(denoise, batch), len(timesteps))
             self.save(finish(model.diffusion.decode(latents)), batch, inputs.shown())
         self.report()
@@ -199,8 +202,18 @@ def open_run(args: argparse.Namespace, config: InferenceConfig, inputs: Inputs) 
     model = build_model(weights, config.model, args.dtype, extra, staged=True, family=args.family)
     if args.family is SDXL:
         model.diffusion.sizes = picture_sizes(args)
+    if args.graph_cache:
+        keep_run_graphs(args.graph_cache, model, args)
     run.encode(model, inputs)
     return run, model
+
+
+def shortcuts(args: argparse.Namespace, timesteps: np.ndarray) -> Shortcuts:
+    """What the flags leave out, at which of the sampler's timesteps."""
+    end = 1.0 if args.guidance_end is None else args.guidance_end
+    guided = timesteps_between(timesteps, args.guidance_start or 0.0, end)
+    return Shortcuts(frozenset(float(t) for t in timesteps if float(t) not in guided),
+                     frozenset(float(t) for i, t in enumerate(timesteps) if i % (args.deep_every or 1)))
 
 
 def picture_sizes(args: argparse.Namespace) -> Sizes:

@@ -29,7 +29,7 @@ TRAINING = {SD15.name: {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "tr
             SDXL.name: {"xl": "training/sd_xl_base_finetune_910b.yaml", "demo": "training/sd_xl_demo_finetune.yaml"}}
 TIME, TIMES = "%Y.%m.%d-%H:%M:%S", "????.??.??-??:??:??"  # as {time} is written, and as a pattern of files
 TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in (
-    "vae", "decoder", "clip", "unet", "controlnet", "clip_xl", "unet_xl", "controlnet_xl")}
+    "vae", "clip", "unet", "controlnet", "clip_xl", "unet_xl", "controlnet_xl")}
 
 LIMITS = {  # of numbers among the training settings; all others start at 0
     "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),

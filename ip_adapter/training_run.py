@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import Tensor
 from tqdm import tqdm
 
-from ip_adapter.pictures import line_chart
+from ip_adapter.charts import loss_chart
 from ip_adapter.training import AdamW, OptimizerConfig, TrainStep, learning_rate
 from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
 from ldm.errors import UserError
@@ -179,7 +179,7 @@ class TrainingRun:
         numbers = {**self.identity, "step": self.step, "published": kept}
         run = {f"run.{key}": np.array(value, np.int64) for key, value in numbers.items()}
         save_arrays(self.ckpt / STATE, {**self.optimizer.state(), **run})
-        line_chart([float(row["loss"]) for row in self.history], f"loss, {self.step} steps").save(
+        loss_chart([float(row["loss"]) for row in self.history], f"loss, {self.step} steps").save(
             self.folder / "loss.png")
         for step in old:
             for path in paths:

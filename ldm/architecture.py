@@ -57,8 +57,8 @@ def unet_config(view: View, num_heads: int = -1, num_head_channels: int = -1,
         adm_in_channels=label[1] if label else 0, norm_groups=norm_groups)
 
 
-def autoencoder_config(view: View) -> AutoencoderConfig | None:
-    """Sizes of the autoencoder in `view`; None if there is none."""
+def autoencoder_config(view: View, norm_groups: int = 32) -> AutoencoderConfig | None:
+    """Sizes of the autoencoder in `view`, every group norm with `norm_groups`; None if there is none."""
     first, last = view.shape("encoder.conv_in.weight"), view.shape("decoder.conv_in.weight")
     if first is None or last is None:
         return None
@@ -66,7 +66,8 @@ def autoencoder_config(view: View) -> AutoencoderConfig | None:
     widths = [view.shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)]
     return AutoencoderConfig(
         channels=first[0], channel_mult=tuple(width // first[0] for width in widths),
-        num_res_blocks=view.count("encoder.down.0.block.{}.conv1.weight"), latent_channels=last[1])
+        num_res_blocks=view.count("encoder.down.0.block.{}.conv1.weight"), latent_channels=last[1],
+        norm_groups=norm_groups)
 
 
 def text_config(view: View, activation: str, head_width: int = 64) -> CLIPTextConfig | None:

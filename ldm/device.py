@@ -6,6 +6,7 @@ Everything that differs between Ascend and the CPU (convolution, attention, defa
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # MindSpore prints operator fallbacks as warnings; they are no news to somebody who wants a picture.
 os.environ.setdefault("GLOG_v", "3")
@@ -42,6 +43,11 @@ def start_device(device_target: str | None = None, ms_mode: int | None = None, c
         ms.runtime.launch_blocking()
         if cpu_threads:
             ms.device_context.cpu.op_tuning.threads_num(cpu_threads)
+
+
+def keep_graphs(folder: Path) -> None:
+    """Let MindSpore keep compiled graphs in a folder, and take those it finds there for its own: they must be."""
+    os.environ.update(MS_COMPILER_CACHE_ENABLE="1", MS_COMPILER_CACHE_PATH=str(folder.absolute()))
 
 
 def on_ascend() -> bool:

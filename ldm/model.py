@@ -20,7 +20,8 @@ from ldm.schedule import NoiseSchedule, leading_timesteps
 class GuidedDenoiser(nn.Cell):
     """Classifier-free guidance in one batch: u + s (c - u), with ControlNets or without.
 
-    Prompts, timestep, hints and scales are inputs, so one compiled graph serves them all.
+    Prompts, timestep, hints and scales are inputs, so one compiled graph serves them all; another one does what is left
+    where deep features are kept.
     """
 
     def __init__(self, unet: UNetModel, controlnets: list = ()):
@@ -28,7 +29,8 @@ class GuidedDenoiser(nn.Cell):
         self.unet, self.controlnets = unet, nn.CellList(list(controlnets))
 
     def construct(self, x: Tensor, timestep: Tensor, context: Tensor, scale: Tensor, y: Tensor = None,
-                  text: Tensor = None, hints: Tensor = None, control_scales: Tensor = None) -> Tensor:
+                  text: Tensor = None, hints: Tensor = None, control_scales: Tensor = None, deep: Tensor = None,
+                  residual: Tensor = None) -> tuple:
         """Predict the noise.
 
         Args:
@@ -40,21 +42,29 @@ class GuidedDenoiser(nn.Cell):
             text: the part of `context` that ControlNets see, or None for none of them.
             hints: (N, M, H, W) embedded hint of each ControlNet.
             control_scales: (N,) float32.
+            deep: features of an earlier step, B or 2 B as the context, to use in place of new ones; None to make them.
+            residual: what belongs to them.
 
         Returns:
-            (B, 4, H, W) float32.
+            (B, 4, H, W) float32, and what later steps may be given: deep features, and the ControlNets' residual beside
+            them, or () zero without.
         """
         guided = context.shape[0] == 2 * x.shape[0]
         batch = ops.concat((x, x), 0) if guided else x
         timesteps = ops.broadcast_to(timestep, (batch.shape[0],))
-        control = None
-        if text is not None:
-            control = self._residuals(batch, timesteps, text, hints, control_scales, y)
-        noise = self.unet(batch, timesteps, context, y, control)
+        if deep is None:
+            control, residual = None, Tensor(0.0, ms.float32)
+            if text is not None:
+                control = self._residuals(batch, timesteps, text, hints, control_scales, y)
+                residual = control[0]
+            deep, skip = self.unet.features(batch, timesteps, context, y, control)
+        else:
+            skip = self.unet.first_skip(batch) + residual.astype(deep.dtype)
+        noise = self.unet.last_block(deep, skip, self.unet.embed(timesteps, y), context)
         if guided:
             uncond, cond = ops.split(noise, x.shape[0], 0)
             noise = uncond + scale * (cond - uncond)
-        return noise
+        return noise, deep, residual
 
     def _residuals(self, x: Tensor, timesteps: Tensor, text: Tensor, hints: Tensor, scales: Tensor, y) -> list:
         """The sum of what the ControlNets give."""
@@ -90,6 +100,19 @@ class Control:
     hint: Tensor
     scale: float
     timesteps: set
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Work that is left out at some timesteps. By default none is, for the picture changes a little.
+
+    Attributes:
+        unguided: without the unconditional side; arXiv 2404.07724.
+        shallow: with the deep features of the last timestep that was not among them; arXiv 2312.00858.
+    """
+
+    unguided: frozenset = frozenset()
+    shallow: frozenset = frozenset()
 
 
 @dataclass
@@ -163,7 +186,7 @@ class LatentDiffusion:
         return sample_ddim(denoise, noise, self.timesteps(steps), self.schedule, keep)
 
     def denoiser(self, cond: Condition, uncond: Condition, guidance_scale: float,
-                 controls: list[Control] = ()) -> Callable:
+                 controls: list[Control] = (), shortcuts: Shortcuts = Shortcuts()) -> Callable:
         """The function a sampler calls.
 
         Args:
@@ -171,21 +194,31 @@ class LatentDiffusion:
             uncond: the unconditional side.
             guidance_scale: s; 1 or less leaves the unconditional side out.
             controls: one for each ControlNet.
+            shortcuts: what is left out.
 
         Returns:
-            (x, t) -> predicted noise, shaped as x.
+            (x, t) -> predicted noise, shaped as x. It remembers deep features: one function for one sampling.
         """
-        context, y = (pair[1] if guidance_scale <= 1 or pair[1] is None else ops.concat(pair, 0)
-                      for pair in zip(uncond, cond))
+        both = cond
+        if guidance_scale > 1:
+            both = Condition(*(None if a is None else ops.concat((a, b), 0) for a, b in zip(uncond, cond)))
         scale = Tensor(guidance_scale, ms.float32)
-        text = ops.narrow(context, 1, 0, self.context_length)
         hints = ops.concat([control.hint for control in controls], 0) if controls else None
+        kept = []  # deep features and what belongs to them, of the last step that made them
 
         def denoise(x: Tensor, t: float) -> Tensor:
             timestep = Tensor(t, ms.float32)
+            context, y = cond if t in shortcuts.unguided else both
+            control = None, None, None
             scales = [control.scale if t in control.timesteps else 0.0 for control in controls]
-            if not any(scales):
-                return self.guided(x, timestep, context, scale, y)
-            return self.guided(x, timestep, context, scale, y, text, hints, Tensor(scales, ms.float32))
+            if any(scales):
+                text = ops.narrow(context, 1, 0, self.context_length)
+                control = text, hints, Tensor(scales, ms.float32)
+            if t in shortcuts.shallow and kept and len(kept[0]) >= len(context):
+                # The conditional half is the last; without ControlNets the residual has no halves.
+                earlier = [part[-len(context):] if part.shape else part for part in kept]
+                return self.guided(x, timestep, context, scale, y, None, None, None, *earlier)[0]
+            noise, *kept[:] = self.guided(x, timestep, context, scale, y, *control)
+            return noise
 
         return denoise

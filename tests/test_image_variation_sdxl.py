@@ -39,6 +39,16 @@ def test_the_picture_of_diffusers(words, tmp_path, outcome, task, script, flags)
         assert psnr(picture, Image.open(DATA / f"sdxl_reference_{task}_{n}.png")) > 70
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [main, controlnet_sdxl.main])
+def test_the_demo_model_needs_no_flag(tmp_path, outcome, script):
+    status, said = outcome(script, "--version", "demo", "--sample_step", "4", "--output_path", tmp_path)
+    assert status == 0, said
+    made = pictures(tmp_path)
+    assert [picture.shape for picture in made] == [(96, 96, 3)] * 4
+    assert Image.open(tmp_path / "samples" / "00000.png").text["model"] == "SDXL demo"
+
+
 def test_settings_and_seeds(words, tmp_path, outcome):
     status, said = outcome(main, *words, "--num_cols", "2", "--prompt", "a red circle", "--output_path", tmp_path)
     assert status == 0, said
@@ -52,7 +62,8 @@ def test_settings_and_seeds(words, tmp_path, outcome):
 
 @pytest.mark.parametrize("flags", [["--sampler", "EulerAncestralSampler"], ["--sampler", "HeunEDMSampler"],
                                    ["--sampler", "DPMPP2MSampler"], ["--discretization", "EDMDiscretization"],
-                                   ["--guider", "IdentityGuider"], ["--orig_width", "512"], ["--ip_scale", "0"]])
+                                   ["--guider", "IdentityGuider"], ["--orig_width", "512"], ["--ip_scale", "0"],
+                                   ["--guidance_start", "0.3"], ["--guidance_end", "0.5"], ["--deep_every", "2"]])
 def test_every_flag_changes_the_picture(words, tmp_path, outcome, flags):
     """And the same flags make the same picture, noise that is added on the way included."""
     for more in ([], flags, flags):

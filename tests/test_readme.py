@@ -39,7 +39,7 @@ DOCUMENT = [
     "python controlnet_sdxl.py --img assets/statue.png --control_img assets/structure_controls/depth.png --ncols 3 "
     "--seed 0",
 ]
-XL_PICTURES = 4 + 1 + 1 + 3 + 4 + 3  # of the page's commands, then of the document's
+XL_PICTURES = 4 + 1 + 1 + 3 + 4 + 4 + 4 + 3  # of the page's commands, then of the document's
 PICTURES = {"woman.png": "input.png", "river.png": "input.png", "vermeer.jpg": "input.png", "girl.png": "input.png",
             "statue.png": "input.png", "inpainting/image.png": "input.png", "inpainting/mask.png": "mask.png",
             "structure_controls/depth.png": "hint.png", "structure_controls/openpose.png": "hint.png"}
@@ -54,7 +54,8 @@ FLAGS = {"train_sd.py": SHORT, "train_demo.py": SHORT.replace("64", "32"), "draw
          "image_variation_sdxl.py": SMALL + " --config small_xl.yaml",
          "controlnet_sdxl.py": SMALL + " --config small_xl.yaml",
          "benchmark.py": " --task unet_step --H 64 --W 64 --repeat 1 --ms_mode 1"}
-STAGE_FILE = r"(runs/demo_\w+/ckpt/\w+-)\d+\."  # of a stage of the demo's training, which SHORT ends at step 2
+# Of a stage of the demo models' training, which SHORT ends at step 2.
+STAGE_FILE = r"(runs/demo_\w+/(?:ckpt/\w+-|weights/SDXL-base-1\.0-))\d+(?=[._])"
 TIMED_FILE = r"runs/YYYY\.mm\.DD-HH:MM:SS/(weights/SDXL-base-1.0-)200000"  # of SDXL's training, likewise
 
 
@@ -100,7 +101,9 @@ def test_command(workplace, command):
     script = re.search(r"(\w+\.py)", command).group(1)
     small = "" if command.endswith("-h") else FLAGS.get(script, SMALL)
     timed = sorted((workplace / "runs").glob("????.??.??-??:??:??"))
-    command = re.sub(STAGE_FILE, r"\g<1>2.", command)
+    if "--version demo" in command:
+        small = re.sub(r" --config \S+", "", small)
+    command = re.sub(STAGE_FILE, r"\g<1>2", command)
     if timed:
         command = re.sub(TIMED_FILE, rf"runs/{timed[0].name}/\g<1>2", command)
     result = shell(*shlex.split(command + small), cwd=workplace)
@@ -115,6 +118,7 @@ def test_outputs_are_where_the_page_says(workplace):
     assert len(list((workplace / "outputs/demo/SD/samples").glob("*.png"))) == 4 * runs
     assert len(list((workplace / "outputs/demo/SD").glob("canny-*.png"))) == 2
     assert len(list((workplace / "outputs/demo/SDXL-base-1.0/samples").glob("*.png"))) == XL_PICTURES
+    assert (workplace / "assets/sdxl_demo.safetensors").exists()
     for run in ("runs", "runs/scratch", "runs/two", "runs/demo", "runs/demo_adapter"):
         assert {path.name for path in (workplace / run / "ckpt").iterdir()} >= {"sd-2.ckpt", "sd-2.safetensors"}
     assert (workplace / "outputs/demo/SD/grid-00000.png").exists()

@@ -2,14 +2,15 @@
 
 python tools/benchmark.py --version demo
 python tools/benchmark.py --task unet_step --against diffusers --torch_python torch/bin/python --json speed.json
+python tools/benchmark.py --version demo --task image_variation --sweep steps=5,10,20 --plot steps.png
 """
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
-import statistics
-import subprocess
+import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -18,8 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.benchmark import SIZES, TASKS, peak_memory, prepare, setting_of  # noqa: E402
+from ip_adapter.benchmark import ALONE, SETTINGS, SIZES, TASKS, peak_memory, prepare, setting_of  # noqa: E402
+from ip_adapter.benchmark_rows import COLUMNS, Side, plot, table_line  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
+    DEMOS,
     EITHER,
     Parser,
     add_config_flags,
@@ -40,8 +43,7 @@ from ldm.device import default_dtype, start_device  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
 REFERENCE = ROOT / "tests" / "record" / "reference_benchmark.py"
-COLUMNS = (("task", 16), ("version", 7), ("size", 9), ("batch", 5), ("step/s", 8), ("img/s", 8), ("load s", 7),
-           ("compile s", 9), ("peak GiB", 8), ("910 step/s", 10), ("910 img/s", 9), ("diffusers", 9), ("ratio", 6))
+SWEPT = {"batch_size": ("batch_size",), "size": ("H", "W"), "steps": ("steps",)}  # and the flags it stands for
 
 
 def main(argv: list | None = None) -> None:
@@ -60,7 +62,10 @@ def main(argv: list | None = None) -> None:
     add("--repeat", type=in_range(int, 1, 100), default=3, help="how often each is timed, after a first time")
     add("--against", choices=["diffusers"], help="the same work there, in turns")
     add("--torch_python", type=existing_file, default=sys.executable, help="Python that has torch and diffusers")
+    add("--sweep", type=sweep, default=("", [None]), metavar="WHAT=N,N,...",
+        help=f"one row for each value of {', '.join(SWEPT)}; size is height and width")
     add("--json", type=Path, help="file to write all figures to")
+    add("--plot", type=Path, help="picture to draw seconds and memory over the values of --sweep into")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     add_config_flags(parser, version, EITHER)
     add_device_flags(parser, "0")
@@ -69,24 +74,49 @@ def main(argv: list | None = None) -> None:
     if args.worker:
         serve(args, config)
         return
-    if args.against and (args.weights or version == "demo"):
-        raise UserError("--against diffusers works on the seeded stand-ins; leave out --weights and --version demo")
-    tasks = args.task or [task for task in TASKS if args.against is None or task not in ("load", "merge")]
+    if args.against and (args.weights or version in DEMOS):
+        raise UserError("--against diffusers works on the seeded stand-ins; leave out --weights and --version "
+                        "demo or xl_demo")
+    known = [s.task for s in SETTINGS if s.version == version]
+    unknown = [task for task in args.task or () if task not in known]
+    if unknown:
+        raise UserError(f"--task {unknown[0]} is not there for --version {version}, expected one of {', '.join(known)}")
+    for flag, path in (("json", args.json), ("plot", args.plot)):
+        if path and not os.access(path.absolute().parent, os.W_OK):
+            raise UserError(f"--{flag} {path}: cannot write into {path.absolute().parent}; name another folder")
+    swept, values = args.sweep
+    if args.plot and not swept:
+        raise UserError("--plot has nothing to draw over; give --sweep, such as --sweep batch_size=1,2,4")
+    tasks = args.task or [task for task in known if args.against is None or task not in ALONE]
     with ExitStack() as stack:
         folder = args.standins or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args.weights = args.weights or find_weights(version, config, folder)
         rows = []
         logging.info("%s", " ".join(f"{name:>{width}}" for name, width in COLUMNS))
-        for task in tasks:
+        for task, value in itertools.product(tasks, values):
+            for name in SWEPT.get(swept, ()):
+                setattr(args, name, value)
             rows.append(measure(args, task, folder))
             print(table_line(rows[-1]), flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            if args.plot:
+                plot(rows, swept).save(args.plot)
+
+
+def sweep(text: str) -> tuple:
+    """An argparse type: what is varied, and its values."""
+    name, _, values = text.partition("=")
+    if name not in SWEPT or not values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known, expected such as batch_size=1,2,4 with "
+                                         f"{' or '.join(SWEPT)}")
+    return name, [multiple_of_8(value) if name == "size" else in_range(int, 1, 10000)(value)
+                  for value in values.split(",")]
 
 
 def find_weights(version: str, config: InferenceConfig, folder: Path) -> Path:
     """The demo model, or stand-ins in their published sizes, made once a folder."""
-    if version == "demo":
+    if version in DEMOS:
         return first_existing(config.ckpt_path, "--weights")
     merged = folder / f"merged-{version}.safetensors"
     if not merged.exists():
@@ -108,44 +138,6 @@ def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
         print(json.dumps({"seconds": seconds, "stepping": stepping, "peak_memory_bytes": peak_memory()}), flush=True)
 
 
-class Side:
-    """A process that does the work when told to.
-
-    Args:
-        words: of its command line.
-    """
-
-    def __init__(self, words: list):
-        self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True)
-        self.start, self.replies = self.reply(), []
-
-    def reply(self) -> dict:
-        """The next line of JSON; other lines are a library's talk."""
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise UserError(f"{self.process.args[1]} ended with status {self.process.wait()} before it answered; what it "
-                        "said stands above")
-
-    def work(self) -> None:
-        """Do the work once."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.replies.append(self.reply())
-
-    def figures(self, steps: int, images: int) -> dict:
-        """Medians of all replies but the first, and what the first took longer."""
-        first, *rest = self.replies
-        rest = rest or [first]
-        median = {key: statistics.median(reply[key] for reply in rest) for key in ("seconds", "stepping")}
-        return {"seconds_per_step": median["stepping"] / steps, "steps_per_second": steps / median["stepping"],
-                "images_per_second": images / median["seconds"], "load_seconds": self.start["load_seconds"],
-                "compile_seconds": max(0.0, first["seconds"] - median["seconds"]),
-                "peak_memory_bytes": self.replies[-1]["peak_memory_bytes"],
-                "seconds": [reply["seconds"] for reply in self.replies]}
-
-
 def measure(args: argparse.Namespace, task: str, standins: Path) -> dict:
     """One row: the work here, and if asked there, in turns, so that a change of the machine's speed meets both."""
     shared = ["--task", task, "--version", args.version]
@@ -158,7 +150,7 @@ def measure(args: argparse.Namespace, task: str, standins: Path) -> dict:
     try:
         sides.append(Side(words))
         setting = sides[0].start["setting"]
-        if args.against:
+        if args.against and task not in ALONE:
             full = [word for key in ("task", "version", "batch_size", "height", "width", "steps")
                     for word in (f"--{key}", setting[key])]
             sides.append(Side([args.torch_python, REFERENCE, *full, "--standins", standins / args.version,
@@ -170,7 +162,8 @@ def measure(args: argparse.Namespace, task: str, standins: Path) -> dict:
         for side in sides:
             side.process.stdin.close()
             side.process.wait()
-    images = setting["batch_size"] * (setting["steps"] if task.startswith("train") or task == "unet_step" else 1)
+    by_step = task.startswith("train") or task in ("unet_step", "read")  # others make a batch in all their steps
+    images = setting["batch_size"] * (setting["steps"] if by_step else 1)
     ours, *other = (side.figures(setting["steps"], images) for side in sides)
     row = {**{key: value for key, value in setting.items() if not key.endswith("per_second")}, **ours,
            "ascend_910": {key: setting[key] for key in ("steps_per_second", "images_per_second")}}
@@ -180,18 +173,6 @@ def measure(args: argparse.Namespace, task: str, standins: Path) -> dict:
         row["diffusers"] = other[0]
         row["ratio"] = ours["seconds_per_step"] / other[0]["seconds_per_step"]
     return row
-
-
-def table_line(row: dict) -> str:
-    """A row under COLUMNS: speeds here and on Ascend 910; diffusers' seconds a step, and ours as a multiple of them."""
-    ascend, other = row["ascend_910"], row.get("diffusers")
-    before = row["seconds"][0] if row["task"] == "merge" else row["load_seconds"]
-    cells = (row["task"], row["version"], f"{row['height']}x{row['width']}", str(row["batch_size"]),
-             row["steps_per_second"], row["images_per_second"], before, row["compile_seconds"],
-             row["peak_memory_bytes"] / 2**30, ascend["steps_per_second"], ascend["images_per_second"],
-             other and other["seconds_per_step"], row.get("ratio"))
-    return " ".join(f"{'' if cell is None else cell if isinstance(cell, str) else f'{cell:.3g}':>{width}}"
-                    for cell, (_, width) in zip(cells, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from tqdm import tqdm  # noqa: E402
 
 from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
-    INFERENCE_SD,
+    DEMOS,
     Parser,
+    add_config_flags,
     add_device_flags,
     config_from,
     default_weights,
@@ -26,14 +27,13 @@ from ip_adapter.cli import (  # noqa: E402
     in_range,
     start_logging,
 )
-from ip_adapter.config import InferenceConfig  # noqa: E402
 from ip_adapter.demo_evaluation import TASKS, DemoJudge  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, make the pictures of every task, print the table."""
-    _, config = config_from(["--version", "demo"], InferenceConfig, INFERENCE_SD)
+    version, config = config_from(argv, versions=DEMOS)
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for figures.json and a sheet of pictures for each task")
@@ -46,6 +46,7 @@ def main(argv: list | None = None) -> None:
     add("--steps", type=in_range(int, 1, 1000), default=20, help="denoising steps")
     add("--scale", type=in_range(float, 0, 100), default=config.sampling.scale, help="classifier-free guidance")
     add("--seed", type=in_range(int, 0, 2**63), default=1_000_000, help="of scenes; those trained on have 0")
+    add_config_flags(parser, version, DEMOS)
     add_device_flags(parser, "0")
     args = parser.parse_args(argv)
     start_logging(args.log_level)
@@ -54,7 +55,7 @@ def main(argv: list | None = None) -> None:
     controlled = any(TASKS[task].controlled for task in tasks)
     weights = default_weights(args, config)
     model = build_model(weights, config.model, args.dtype or default_dtype(),
-                     ExtraParts(args.ip_adapter, None, [args.controlnet] if controlled else []))
+                        ExtraParts(args.ip_adapter, None, [args.controlnet] if controlled else []), family=None)
     judge = DemoJudge(model, config.sampling.H, args.steps, args.scale, args.seed, args.count, args.variations)
     figures = {"checkpoint": weights.name, "scenes": args.count, "variations": args.variations, "steps": args.steps,
                "guidance_scale": args.scale, "seed": args.seed}

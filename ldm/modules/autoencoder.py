@@ -19,22 +19,25 @@ class AutoencoderConfig:
         channel_mult: width of each level as a multiple of `channels`; each further level halves the picture.
         num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
         latent_channels: channels of a latent.
+        norm_groups: of every group norm; see `UNetConfig`. Without channel means, a network of few channels keeps what
+            colours it has seen in a bright spot, which pictures then show.
     """
 
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     latent_channels: int = 4
+    norm_groups: int = 32
 
 
 class ResnetBlock(nn.Cell):
     """norm, SiLU, convolution, twice; added to the (projected) input."""
 
-    def __init__(self, channels: int, out_channels: int, dtype=mstype.float32):
+    def __init__(self, channels: int, out_channels: int, groups: int, dtype):
         super().__init__()
-        self.norm1 = GroupNorm(channels, epsilon=1e-6)
+        self.norm1 = GroupNorm(channels, groups, epsilon=1e-6)
         self.conv1 = Conv2d(channels, out_channels, 3, padding=1, dtype=dtype)
-        self.norm2 = GroupNorm(out_channels, epsilon=1e-6)
+        self.norm2 = GroupNorm(out_channels, groups, epsilon=1e-6)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, dtype=dtype)
         self.project = channels != out_channels
         self.nin_shortcut = Conv2d(channels, out_channels, 1, dtype=dtype) if self.project else None
@@ -47,9 +50,9 @@ class ResnetBlock(nn.Cell):
 class AttnBlock(nn.Cell):
     """Self-attention with one head over all positions, added to its input."""
 
-    def __init__(self, channels: int, dtype=mstype.float32):
+    def __init__(self, channels: int, groups: int, dtype):
         super().__init__()
-        self.norm = GroupNorm(channels, epsilon=1e-6)
+        self.norm = GroupNorm(channels, groups, epsilon=1e-6)
         self.q = Conv2d(channels, channels, 1, dtype=dtype)
         self.k = Conv2d(channels, channels, 1, dtype=dtype)
         self.v = Conv2d(channels, channels, 1, dtype=dtype)
@@ -68,11 +71,11 @@ class AttnBlock(nn.Cell):
 class _Middle(nn.Cell):
     """Residual block, attention, residual block."""
 
-    def __init__(self, channels: int, dtype):
+    def __init__(self, channels: int, groups: int, dtype):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dtype)
-        self.attn_1 = AttnBlock(channels, dtype)
-        self.block_2 = ResnetBlock(channels, channels, dtype)
+        self.block_1 = ResnetBlock(channels, channels, groups, dtype)
+        self.attn_1 = AttnBlock(channels, groups, dtype)
+        self.block_2 = ResnetBlock(channels, channels, groups, dtype)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -92,9 +95,9 @@ class _Downsample(nn.Cell):
 class _Level(nn.Cell):
     """The residual blocks of one resolution, and the change of resolution after them."""
 
-    def __init__(self, widths: list, dtype, downsample: bool = False, upsample: bool = False):
+    def __init__(self, widths: list, groups: int, dtype, downsample: bool = False, upsample: bool = False):
         super().__init__()
-        self.block = nn.CellList([ResnetBlock(a, b, dtype) for a, b in zip(widths, widths[1:])])
+        self.block = nn.CellList([ResnetBlock(a, b, groups, dtype) for a, b in zip(widths, widths[1:])])
         self.resize = "down" if downsample else "up" if upsample else ""
         self.downsample = _Downsample(widths[-1], dtype) if downsample else None
         self.upsample = Upsample(widths[-1], dtype) if upsample else None
@@ -118,10 +121,11 @@ class Encoder(nn.Cell):
         last = len(config.channel_mult) - 1
         self.conv_in = Conv2d(3, widths[0], 3, padding=1, dtype=dtype)
         self.down = nn.CellList([
-            _Level([widths[i]] + [widths[i + 1]] * config.num_res_blocks, dtype, downsample=i < last)
+            _Level([widths[i]] + [widths[i + 1]] * config.num_res_blocks, config.norm_groups, dtype,
+                   downsample=i < last)
             for i in range(last + 1)])
-        self.mid = _Middle(widths[-1], dtype)
-        self.norm_out = GroupNorm(widths[-1], epsilon=1e-6)
+        self.mid = _Middle(widths[-1], config.norm_groups, dtype)
+        self.norm_out = GroupNorm(widths[-1], config.norm_groups, epsilon=1e-6)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1, dtype=dtype)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -139,11 +143,12 @@ class Decoder(nn.Cell):
         widths = [config.channels * m for m in config.channel_mult]
         top = len(widths) - 1
         self.conv_in = Conv2d(config.latent_channels, widths[top], 3, padding=1, dtype=dtype)
-        self.mid = _Middle(widths[top], dtype)
+        self.mid = _Middle(widths[top], config.norm_groups, dtype)
         self.up = nn.CellList([  # index 0 is the largest resolution, which comes last
-            _Level([widths[min(i + 1, top)]] + [widths[i]] * (config.num_res_blocks + 1), dtype, upsample=i > 0)
+            _Level([widths[min(i + 1, top)]] + [widths[i]] * (config.num_res_blocks + 1), config.norm_groups, dtype,
+                   upsample=i > 0)
             for i in range(top + 1)])
-        self.norm_out = GroupNorm(widths[0], epsilon=1e-6)
+        self.norm_out = GroupNorm(widths[0], config.norm_groups, epsilon=1e-6)
         self.conv_out = Conv2d(widths[0], 3, 3, padding=1, dtype=dtype)
 
     def construct(self, z: Tensor) -> Tensor:

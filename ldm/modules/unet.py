@@ -193,6 +193,13 @@ class UNetModel(UNetEncoder):
         Returns:
             (B, 4, H, W) float32.
         """
+        return self.last_block(*self.features(x, timesteps, context, y, control), self.embed(timesteps, y), context)
+
+    def features(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor = None, control=None) -> tuple:
+        """All but the last output block: (B, C, H, W) that it is given, and the (B, M, H, W) skip beside it.
+
+        The former changes slowly from step to step (arXiv 2312.00858), and holds nine tenths of the work.
+        """
         emb = self.embed(timesteps, y)
         h, context = x.astype(self.dtype), context.astype(self.dtype)
         skips = []
@@ -203,10 +210,20 @@ class UNetModel(UNetEncoder):
         if control is not None:
             h = h + control[len(skips)]
         last = len(self.output_blocks)
-        for i in range(last):
+        for i in range(last - 1):
             skip = skips[last - 1 - i]
             if control is not None:
                 skip = skip + control[last - 1 - i]
-            after = skips[max(last - 2 - i, 0)].shape  # an odd size is only found again in the next skip
+            after = skips[last - 2 - i].shape  # an odd size is only found again in the next skip
             h = self.output_blocks[i](ops.concat((h, skip), 1), emb, context, after[2], after[3])
+        return h, skips[0] if control is None else skips[0] + control[0]
+
+    def first_skip(self, x: Tensor) -> Tensor:
+        """What `features` gives as the skip, without a ControlNet."""
+        return self.input_blocks[0](x.astype(self.dtype), None, None, 0, 0)
+
+    def last_block(self, deep: Tensor, skip: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        """The noise, (B, 4, H, W) float32, from what `features` and `embed` give."""
+        h = self.output_blocks[len(self.output_blocks) - 1](
+            ops.concat((deep, skip), 1), emb, context.astype(self.dtype), 0, 0)
         return self.out(h).astype(mstype.float32)

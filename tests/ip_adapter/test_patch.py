@@ -68,7 +68,7 @@ def test_the_scale_changes_without_a_recompilation(unet):
         try:
             for ip_scale in (1.0, 0.0, 0.5):
                 set_ip_scale(unet, ip_scale)
-                results[mode, ip_scale] = guided(X[:1], step, both, scale).asnumpy()
+                results[mode, ip_scale] = guided(X[:1], step, both, scale)[0].asnumpy()
         finally:
             ms.set_context(mode=ms.PYNATIVE_MODE)
     for ip_scale in (1.0, 0.0, 0.5):

@@ -5,9 +5,11 @@ import json
 import runpy
 import sys
 
+import numpy as np
 import pytest
 
 from ip_adapter.benchmark import SETTINGS, TASKS, prepare, setting_of
+from ip_adapter.benchmark_rows import Side, plot
 from ip_adapter.config import InferenceConfig, ModelConfig
 from tests.conftest import ROOT, shell
 
@@ -31,7 +33,7 @@ def works(task, weights, config):
     loaded, work = prepare(setting, weights, config, "float32")
     seconds, stepping = work()
     assert 0 < stepping <= seconds
-    assert task == "merge" or loaded > 0
+    assert task in ("merge", "read") or loaded > 0
 
 
 def test_other_work_than_the_documents_has_none_of_its_figures():
@@ -57,11 +59,35 @@ def test_the_tool_prints_a_table_and_writes_json(tmp_path):
     assert step["ascend_910"] == {"steps_per_second": None, "images_per_second": None}
 
 
+def test_a_plot_of_rows(tmp_path):
+    """More seconds and memory lie higher; the first time, which compiles, is left out."""
+    other = {"seconds": [1.0, 1.0, 1.0], "peak_memory_bytes": 2**30}
+    rows = [{"task": "unet_step", "batch_size": n, "height": 64, "seconds": [99.0, n, n],
+             "peak_memory_bytes": n * 2**30, "diffusers": other} for n in (1, 2, 4)]
+    drawn = np.asarray(plot(rows, "batch_size"))
+    assert drawn.shape == (640, 640, 3)
+    for half in drawn[28:320], drawn[348:]:
+        lowest = {}
+        for colour in ((30, 80, 200), (220, 120, 0)):
+            found = np.argwhere((half == colour).all(-1))
+            lowest[colour] = found[found[:, 1] > 600][:, 0].min()
+        assert lowest[30, 80, 200] < 10 and lowest[220, 120, 0] > 150
+
+
 def test_mistakes(tmp_path, outcome):
     def said(*words):
         return outcome(main["main"], *words)
     status, line = said("--version", "demo", "--against", "diffusers")
     assert status == 2 and "leave out --weights and --version demo" in line
+    status, line = said("--version", "xl", "--task", "inpainting")
+    assert status == 2 and "--task inpainting is not there for --version xl, expected one of train, " in line
+    status, line = said("--version", "demo", "--task", "load", "--json", tmp_path / "none" / "speed.json")
+    assert status == 2 and "--json" in line and "cannot write" in line
+    status, line = said("--version", "demo", "--plot", tmp_path / "plot.png")
+    assert status == 2 and "give --sweep" in line
+    for wrong in ("width=1", "steps", "size=30", "steps=0"):
+        status, line = said("--version", "demo", "--sweep", wrong)
+        assert status == 2 and "--sweep" in line, wrong
     status, line = said("--torch_python", tmp_path / "none")
     assert status == 2 and "no such file" in line
     broken = tmp_path / "broken.ckpt"
@@ -77,7 +103,7 @@ def test_turns_are_taken_and_medians_compared(tmp_path):
         replies = [json.dumps({"seconds": s, "stepping": s / 2, "peak_memory_bytes": 7}) for s in seconds]
         script.write_text("import sys\nprint('chatter')\nprint('{\"load_seconds\": 5}', flush=True)\n"
                           f"for reply in {replies!r}:\n    sys.stdin.readline()\n    print(reply, flush=True)\n")
-        made = main["Side"]([sys.executable, script])
+        made = Side([sys.executable, script])
         for _ in seconds:
             made.work()
         made.process.stdin.close()

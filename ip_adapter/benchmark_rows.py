@@ -1,0 +1,81 @@
+"""Rows of the benchmark: processes that do the work in turns, the figures they give, the table and the plot."""
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+
+import numpy as np
+from PIL import Image
+
+from ip_adapter.charts import BLUE, ORANGE, Curve, chart
+from ldm.errors import UserError
+
+COLUMNS = (("task", 16), ("version", 7), ("size", 9), ("batch", 5), ("step/s", 8), ("img/s", 8), ("load s", 7),
+           ("compile s", 9), ("peak GiB", 8), ("910 step/s", 10), ("910 img/s", 9), ("diffusers", 9), ("ratio", 6))
+
+
+class Side:
+    """A process that does the work when told to.
+
+    Args:
+        words: of its command line.
+    """
+
+    def __init__(self, words: list):
+        self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True)
+        self.start, self.replies = self.reply(), []
+
+    def reply(self) -> dict:
+        """The next line of JSON; other lines are a library's talk."""
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise UserError(f"{self.process.args[1]} ended with status {self.process.wait()} before it answered; what it "
+                        "said stands above")
+
+    def work(self) -> None:
+        """Do the work once."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.replies.append(self.reply())
+
+    def figures(self, steps: int, images: int) -> dict:
+        """Medians of all replies but the first, and what the first took longer."""
+        first, *rest = self.replies
+        rest = rest or [first]
+        median = {key: statistics.median(reply[key] for reply in rest) for key in ("seconds", "stepping")}
+        return {"seconds_per_step": median["stepping"] / steps, "steps_per_second": steps / median["stepping"],
+                "images_per_second": images / median["seconds"], "load_seconds": self.start["load_seconds"],
+                "compile_seconds": max(0.0, first["seconds"] - median["seconds"]),
+                "peak_memory_bytes": self.replies[-1]["peak_memory_bytes"],
+                "seconds": [reply["seconds"] for reply in self.replies]}
+
+
+def table_line(row: dict) -> str:
+    """A row under COLUMNS: speeds here and on Ascend 910; diffusers' seconds a step, and ours as a multiple of them."""
+    ascend, other = row["ascend_910"], row.get("diffusers")
+    before = row["seconds"][0] if row["task"] == "merge" else row["load_seconds"]
+    cells = (row["task"], row["version"], f"{row['height']}x{row['width']}", str(row["batch_size"]),
+             row["steps_per_second"], row["images_per_second"], before, row["compile_seconds"],
+             row["peak_memory_bytes"] / 2**30, ascend["steps_per_second"], ascend["images_per_second"],
+             other and other["seconds_per_step"], row.get("ratio"))
+    return " ".join(f"{'' if cell is None else cell if isinstance(cell, str) else f'{cell:.3g}':>{width}}"
+                    for cell, (_, width) in zip(cells, COLUMNS))
+
+
+def plot(rows: list, swept: str) -> Image.Image:
+    """Seconds a row's work took, and the memory, over what is varied; ours in blue, diffusers' in orange."""
+    x = [row["height" if swept == "size" else swept] for row in rows]
+    charts = []
+    for title, key, unit in (("seconds", "seconds", 1), ("peak GiB", "peak_memory_bytes", 2**30)):
+        curves = []
+        for name, colour, figures in (("here", BLUE, rows), ("diffusers", ORANGE, [r.get("diffusers") for r in rows])):
+            for task in dict.fromkeys(row["task"] for row in rows):
+                points = [(at, np.median(f[key][1:] or f[key]) if key == "seconds" else f[key] / unit)
+                          for at, f, row in zip(x, figures, rows) if f and row["task"] == task]
+                if points:
+                    curves.append(Curve(*zip(*points), colour, f"{task} {name}"))
+        charts.append(np.asarray(chart(curves, f"{title} over {swept}:", from_zero=True)))
+    return Image.fromarray(np.concatenate(charts))
