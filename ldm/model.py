@@ -209,16 +209,18 @@ class LatentDiffusion:
         def denoise(x: Tensor, t: float) -> Tensor:
             timestep = Tensor(t, ms.float32)
             context, y = cond if t in shortcuts.unguided else both
-            control = None, None, None
+            acting = None, None, None
             scales = [control.scale if t in control.timesteps else 0.0 for control in controls]
             if any(scales):
                 text = ops.narrow(context, 1, 0, self.context_length)
-                control = text, hints, Tensor(scales, ms.float32)
+                acting = text, hints, Tensor(scales, ms.float32)
             if t in shortcuts.shallow and kept and len(kept[0]) >= len(context):
                 # The conditional half is the last; without ControlNets the residual has no halves.
                 earlier = [part[-len(context):] if part.shape else part for part in kept]
                 return self.guided(x, timestep, context, scale, y, None, None, None, *earlier)[0]
-            noise, *kept[:] = self.guided(x, timestep, context, scale, y, *control)
+            noise, *made = self.guided(x, timestep, context, scale, y, *acting)
+            if shortcuts.shallow:
+                kept[:] = made
             return noise
 
         return denoise
