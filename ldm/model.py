@@ -52,15 +52,16 @@ class GuidedDenoiser(nn.Cell):
         guided = context.shape[0] == 2 * x.shape[0]
         batch = ops.concat((x, x), 0) if guided else x
         timesteps = ops.broadcast_to(timestep, (batch.shape[0],))
+        emb = self.unet.embed(timesteps, y)
         if deep is None:
             control, residual = None, Tensor(0.0, ms.float32)
             if text is not None:
                 control = self._residuals(batch, timesteps, text, hints, control_scales, y)
                 residual = control[0]
-            deep, skip = self.unet.features(batch, timesteps, context, y, control)
+            deep, skip = self.unet.features(batch, emb, context, control)
         else:
             skip = self.unet.first_skip(batch) + residual.astype(deep.dtype)
-        noise = self.unet.last_block(deep, skip, self.unet.embed(timesteps, y), context)
+        noise = self.unet.last_block(deep, skip, emb, context)
         if guided:
             uncond, cond = ops.split(noise, x.shape[0], 0)
             noise = uncond + scale * (cond - uncond)
@@ -202,22 +203,20 @@ class LatentDiffusion:
         both = cond
         if guidance_scale > 1:
             both = Condition(*(None if a is None else ops.concat((a, b), 0) for a, b in zip(uncond, cond)))
+        whole, alone = ((*side, ops.narrow(side.context, 1, 0, self.context_length)) for side in (both, cond))
         scale = Tensor(guidance_scale, ms.float32)
         hints = ops.concat([control.hint for control in controls], 0) if controls else None
         kept = []  # deep features and what belongs to them, of the last step that made them
 
         def denoise(x: Tensor, t: float) -> Tensor:
             timestep = Tensor(t, ms.float32)
-            context, y = cond if t in shortcuts.unguided else both
-            acting = None, None, None
-            scales = [control.scale if t in control.timesteps else 0.0 for control in controls]
-            if any(scales):
-                text = ops.narrow(context, 1, 0, self.context_length)
-                acting = text, hints, Tensor(scales, ms.float32)
+            context, y, text = alone if t in shortcuts.unguided else whole
             if t in shortcuts.shallow and kept and len(kept[0]) >= len(context):
                 # The conditional half is the last; without ControlNets the residual has no halves.
                 earlier = [part[-len(context):] if part.shape else part for part in kept]
                 return self.guided(x, timestep, context, scale, y, None, None, None, *earlier)[0]
+            scales = [control.scale if t in control.timesteps else 0.0 for control in controls]
+            acting = (text, hints, Tensor(scales, ms.float32)) if any(scales) else (None, None, None)
             noise, *made = self.guided(x, timestep, context, scale, y, *acting)
             if shortcuts.shallow:
                 kept[:] = made

@@ -193,14 +193,15 @@ class UNetModel(UNetEncoder):
         Returns:
             (B, 4, H, W) float32.
         """
-        return self.last_block(*self.features(x, timesteps, context, y, control), self.embed(timesteps, y), context)
+        emb = self.embed(timesteps, y)
+        deep, skip = self.features(x, emb, context, control)
+        return self.last_block(deep, skip, emb, context)
 
-    def features(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor = None, control=None) -> tuple:
+    def features(self, x: Tensor, emb: Tensor, context: Tensor, control=None) -> tuple:
         """All but the last output block: (B, C, H, W) that it is given, and the (B, M, H, W) skip beside it.
 
         The former changes slowly from step to step (arXiv 2312.00858), and holds nine tenths of the work.
         """
-        emb = self.embed(timesteps, y)
         h, context = x.astype(self.dtype), context.astype(self.dtype)
         skips = []
         for block in self.input_blocks:
