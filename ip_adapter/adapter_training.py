@@ -11,10 +11,11 @@ from ip_adapter.buckets import BucketStream, find_buckets, one_bucket
 from ip_adapter.build import build_model
 from ip_adapter.cli import config_from, first_existing
 from ip_adapter.config import TrainingConfig
-from ip_adapter.dataset import Batch, ImageTextDataset, Loader, samples_of, stack
+from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.families import Family
 from ip_adapter.feature_cache import FeatureBatch, FeatureCache
 from ip_adapter.features import FrozenEncoders
+from ip_adapter.stream import Batch, Loader, samples_of, stack
 from ip_adapter.training import AdamW, NoisePredictionLoss, TrainStep, recompute_blocks
 from ip_adapter.training_cli import TRAINING, start_training, training_parser
 from ip_adapter.training_run import TrainingRun, optimizer_config

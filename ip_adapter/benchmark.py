@@ -21,7 +21,7 @@ from PIL import Image
 from ip_adapter.adapter_file import adapter_parameters
 from ip_adapter.build import ExtraParts, ImagePromptModel, build_model
 from ip_adapter.config import InferenceConfig
-from ip_adapter.dataset import Batch, ImageTextDataset, Loader, Stream, samples_of
+from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.families import family_of
 from ip_adapter.features import FrozenEncoders
 from ip_adapter.image_prompt import ImageProjConfig
@@ -29,6 +29,7 @@ from ip_adapter.inputs import Hint
 from ip_adapter.merge import merge
 from ip_adapter.parts import ModelSizes
 from ip_adapter.preprocess import clip_pixels, latent_mask, latent_pixels
+from ip_adapter.stream import Batch, Loader, Stream, samples_of
 from ip_adapter.training import AdamW, NoisePredictionLoss, OptimizerConfig, TrainStep
 from ldm.checkpoint_file import open_checkpoint
 from ldm.ddim import KeptRegion

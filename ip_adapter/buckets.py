@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ip_adapter.dataset import ImageTextDataset, Stream
+from ip_adapter.dataset import ImageTextDataset
+from ip_adapter.stream import Stream
 
 MAX_RATIO = 2.0  # of the sides of a bucket; what is longer is cropped
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height

@@ -9,8 +9,9 @@ from typing import Iterable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ip_adapter.dataset import ImageTextDataset, stack
+from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.features import Features, FrozenEncoders
+from ip_adapter.stream import stack
 from ldm.errors import UserError
 
 KEY_LINE = 65  # bytes of a key and its line end

@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ip_adapter.build import ImagePromptModel
-from ip_adapter.dataset import Batch, Draw, draws
+from ip_adapter.stream import Batch, Draw, draws
 from ldm.model import Condition, LatentDiffusion
 
 

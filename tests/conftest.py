@@ -193,3 +193,18 @@ def assert_mistakes(outcome, main, words: list, cases: dict, folder: Path) -> No
         if any(not path.name.endswith(".sha256") for path in set(folder.iterdir()) - before) or out.exists():
             failed.append(f"{name}: left something behind")
     assert not failed, "\n".join(failed)
+
+
+def write_csv(folder, text: str, name: str = "img_txt.csv"):
+    (folder / name).write_bytes(text.encode())
+    return folder
+
+
+@pytest.fixture
+def six(tmp_path):
+    """Six pictures of 40 x 30 of one grey each, and captions; the third and fourth cannot be read."""
+    for i in range(6):
+        Image.new("RGB", (40, 30), (40 * i,) * 3).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").unlink()
+    (tmp_path / "3.png").write_bytes(b"not a picture")
+    return write_csv(tmp_path, "dir,text\n" + "".join(f"{i}.png,picture {i}\n" for i in range(6)))

@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import config_from, execute, existing_file, first_existing  # noqa: E402
 from ip_adapter.config import TrainingConfig  # noqa: E402
-from ip_adapter.dataset import ImageTextDataset, Loader, Stream  # noqa: E402
+from ip_adapter.dataset import ImageTextDataset  # noqa: E402
 from ip_adapter.demo_training import STAGES, demo_start  # noqa: E402
+from ip_adapter.stream import Loader, Stream  # noqa: E402
 from ip_adapter.training import AdamW, TrainStep  # noqa: E402
 from ip_adapter.training_cli import TRAINING_DEMO, start_training, training_parser  # noqa: E402
 from ip_adapter.training_run import TrainingRun, optimizer_config  # noqa: E402

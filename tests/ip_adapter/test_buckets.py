@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from ip_adapter.buckets import Buckets, BucketStream, bucket_sizes, find_buckets, one_bucket
-from ip_adapter.dataset import ImageTextDataset, Stream
+from ip_adapter.dataset import ImageTextDataset
+from ip_adapter.stream import Stream
 
 
 @pytest.mark.parametrize("size, step", [(1024, 64), (768, 48), (512, 32), (96, 8)])
