@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 from PIL import Image
 
 from ip_adapter.cli import execute
@@ -22,6 +23,8 @@ from ldm.device import start_device
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 MPI_FLAGS = ["--allow-run-as-root", "--oversubscribe"]
+
+RNG = np.random.default_rng(0)
 
 start_device("CPU", 1)
 
@@ -208,3 +211,14 @@ def six(tmp_path):
     (tmp_path / "2.png").unlink()
     (tmp_path / "3.png").write_bytes(b"not a picture")
     return write_csv(tmp_path, "dir,text\n" + "".join(f"{i}.png,picture {i}\n" for i in range(6)))
+
+
+def normal(*shape) -> np.ndarray:
+    """Standard normal float32 numbers, the next of one stream."""
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def fill(cell) -> None:
+    """Random values for all parameters, so that no bias or gain is trivial."""
+    for _, parameter in cell.parameters_and_names():
+        parameter.set_data(Tensor(normal(*parameter.shape), parameter.dtype))

@@ -12,6 +12,7 @@ from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
+from ldm.modules.operators import WeightedValues, transpose
 
 # Largest score matrix held at a time where there is no fused operator, in elements (64 MiB of float32).
 SCORE_ELEMENTS = 1 << 24
@@ -36,6 +37,7 @@ class Attention(nn.Cell):
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.values = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
+        self.weighted_values = WeightedValues()
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
         """Attend.
@@ -56,11 +58,11 @@ class Attention(nn.Cell):
             return fused_attention(q, k, v, self.num_heads)
         q, k, v = self._by_head(q, size), self._by_head(k, size), self._by_head(v, size)  # (B h, N or T, d)
         y = self._portions(q, k, v, mask, batch * self.num_heads, queries, tokens)
-        y = y.reshape((batch, self.num_heads, queries, size)).transpose((0, 2, 1, 3))
+        y = transpose(y.reshape((batch, self.num_heads, queries, size)), (0, 2, 1, 3))
         return y.reshape((batch, queries, width))
 
     def _by_head(self, x: Tensor, size: int) -> Tensor:
-        x = x.reshape((x.shape[0], x.shape[1], self.num_heads, size)).transpose((0, 2, 1, 3))
+        x = transpose(x.reshape((x.shape[0], x.shape[1], self.num_heads, size)), (0, 2, 1, 3))
         return x.reshape((-1, x.shape[2], size))
 
     def _portions(self, q: Tensor, k: Tensor, v: Tensor, mask, groups: int, queries: int, tokens: int) -> Tensor:
@@ -85,9 +87,9 @@ class Attention(nn.Cell):
         return ops.concat(parts, 1)
 
     def _product(self, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-        scores = self.scores(q, k).astype(mstype.float32)
-        if mask is not None:
-            scores = scores + mask
+        if mask is None:
+            return self.weighted_values(q, k, v)[0]
+        scores = self.scores(q, k).astype(mstype.float32) + mask
         return self.values(self.softmax(scores).astype(v.dtype), v)
 
 
@@ -138,11 +140,10 @@ class GEGLU(nn.Cell):
 
     def __init__(self, dim: int, inner: int, dtype=mstype.float32):
         super().__init__()
-        self.inner = inner
         self.proj = Linear(dim, 2 * inner, dtype=dtype)
 
     def construct(self, x: Tensor) -> Tensor:
-        y, gate = ops.split(self.proj(x), self.inner, -1)
+        y, gate = self.proj.halves(x)
         return y * gelu(gate)
 
 
@@ -199,9 +200,9 @@ class SpatialTransformer(nn.Cell):
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W) and (B, T, D) -> (B, C, H, W)."""
         batch, channels, height, width = x.shape
-        y = self.norm(x).reshape((batch, channels, height * width)).transpose((0, 2, 1))  # (B, N, C)
+        y = transpose(self.norm(x).reshape((batch, channels, height * width)), (0, 2, 1))  # (B, N, C)
         y = self.proj_in(y)
         for block in self.transformer_blocks:
             y = block(y, context)
-        y = self.proj_out(y).transpose((0, 2, 1)).reshape((batch, channels, height, width))
+        y = transpose(self.proj_out(y), (0, 2, 1)).reshape((batch, channels, height, width))
         return y + x

@@ -7,7 +7,9 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from ldm.modules.attention import Attention
-from ldm.modules.layers import Conv2d, GroupNorm, Upsample, normed_conv
+from ldm.modules.convolution import Conv2d
+from ldm.modules.layers import GroupNorm, Upsample, normed_conv
+from ldm.modules.operators import transpose
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ class AttnBlock(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         y = self.attend(self._tokens(self.q(y)), self._tokens(self.k(y)), self._tokens(self.v(y)))
-        return x + self.proj_out(y.transpose((0, 2, 1)).reshape(x.shape))
+        return x + self.proj_out(transpose(y, (0, 2, 1)).reshape(x.shape))
 
     def _tokens(self, x: Tensor) -> Tensor:
-        return x.reshape((x.shape[0], x.shape[1], -1)).transpose((0, 2, 1))  # (B, H W, C)
+        return transpose(x.reshape((x.shape[0], x.shape[1], -1)), (0, 2, 1))  # (B, H W, C)
 
 
 class _Middle(nn.Cell):

@@ -12,7 +12,8 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 
 from ldm.modules.attention import Attention
-from ldm.modules.layers import Conv2d, LayerNorm, Linear, gelu
+from ldm.modules.convolution import Conv2d
+from ldm.modules.layers import LayerNorm, Linear, gelu
 
 
 @dataclass(frozen=True)

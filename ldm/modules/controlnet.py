@@ -4,7 +4,8 @@ from __future__ import annotations
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
-from ldm.modules.layers import Conv2d, SiLU
+from ldm.modules.convolution import Conv2d
+from ldm.modules.layers import SiLU
 from ldm.modules.unet import UNetConfig, UNetEncoder
 
 # Widths of the hint's convolutions between its 3 colours and the UNet's first level, and which of them halve the size.

@@ -1,4 +1,4 @@
-"""Small layers that every network shares: projections, convolution, norms, resampling, time embedding."""
+"""Small layers that every network shares: projections, norms, resampling, time embedding."""
 from __future__ import annotations
 
 import math
@@ -8,14 +8,11 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
-from ldm.device import on_ascend
+from ldm.modules.convolution import Conv2d
+from ldm.modules.operators import BiasAdd
 
-# Largest column matrix the CPU convolution builds at a time, in elements (64 MiB of float32). A 3x3
-# convolution of 128 channels at 512x512 would need 1.2 GB at once.
-COLUMN_ELEMENTS = 1 << 24
-# Up to this many output positions one product over the whole batch beats one per picture.
-SMALL_MAP = 256
-# Of larger maps, in elements (256 MiB of float32), what lies between norm and convolution is made in row blocks.
+# Of larger feature maps, in elements (256 MiB of float32), what lies between norm and convolution is made in row
+# blocks.
 MAP_ELEMENTS = 1 << 26
 
 
@@ -47,85 +44,25 @@ class Linear(nn.Cell):
         self.weight = _weight((out_channels, in_channels) + (1, 1) * as_convolution, dtype)
         self.bias = _zeros((out_channels,), dtype) if has_bias else None
         self.matmul = ops.MatMul(transpose_b=True)
-        self.bias_add = ops.BiasAdd()
+        self.bias_add = BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
         weight = self.weight
         if self.as_convolution:
             weight = weight.reshape((self.out_channels, self.in_channels))
+        return self._product(x, weight, self.bias)
+
+    def halves(self, x: Tensor) -> tuple:
+        """The first and the second half of the output's channels; a product for each is cheaper than cutting one."""
+        half = self.out_channels // 2
+        return tuple(self._product(x, weight, bias) for weight, bias in
+                     zip(ops.split(self.weight, half, 0), ops.split(self.bias, half, 0)))
+
+    def _product(self, x: Tensor, weight: Tensor, bias) -> Tensor:
         y = self.matmul(x.reshape((-1, self.in_channels)), weight)
         if self.has_bias:
-            y = self.bias_add(y, self.bias)
-        return y.reshape(x.shape[:-1] + (self.out_channels,))
-
-
-class Conv2d(nn.Cell):
-    """2-D convolution, (B, C, H, W) -> (B, C', H', W').
-
-    On Ascend it is the device's own operator. On the CPU that operator falls into a reference loop, so the
-    picture is unfolded into columns (row block by row block) and multiplied by the weight; this is exact
-    and 50 to 300 times as fast.
-
-    Args:
-        in_channels: C.
-        out_channels: C'.
-        kernel_size: side of the square kernel.
-        stride: step between outputs.
-        padding: zeros around the picture; an int, or (top, bottom, left, right).
-        has_bias: whether there is a bias.
-        dtype: of weight, bias and output.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding=0,
-                 has_bias: bool = True, dtype=mstype.float32):
-        super().__init__()
-        self.out_channels, self.kernel_size, self.stride, self.has_bias = out_channels, kernel_size, stride, has_bias
-        self.padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-        self.depth = in_channels * kernel_size * kernel_size
-        self.weight = _weight((out_channels, in_channels, kernel_size, kernel_size), dtype)
-        self.bias = _zeros((out_channels,), dtype) if has_bias else None
-        self.native = on_ascend()
-        self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
-        self.bias_add = ops.BiasAdd()
-        self.matmul = ops.MatMul()
-        # The primitive: in a graph on the CPU the gradient of ops.pad loops for ever after some steps (MindSpore 2.10).
-        top, bottom, left, right = self.padding
-        self.pad = ops.Pad(((0, 0), (0, 0), (top, bottom), (left, right)))
-
-    def construct(self, x: Tensor) -> Tensor:
-        y = self.conv(x, self.weight) if self.native else self._by_columns(x)
-        return self.bias_add(y, self.bias) if self.has_bias else y
-
-    def _by_columns(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
-        top, bottom, left, right = self.padding
-        k, s = self.kernel_size, self.stride
-        out_h, out_w = (height + top + bottom - k) // s + 1, (width + left + right - k) // s + 1
-        weight = self.weight.reshape((self.out_channels, self.depth))
-        rows = max(1, COLUMN_ELEMENTS // (self.depth * out_w))
-        inside = top if top == bottom == left == right and rows >= out_h else 0  # unfold pads faster than ops.pad
-        if inside == 0 and top + bottom + left + right > 0:
-            x = self.pad(x)
-        if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
-            columns = self._columns(x, inside).transpose((1, 0, 2)).reshape((self.depth, batch * out_h * out_w))
-            y = self.matmul(weight, columns).reshape((self.out_channels, batch, out_h, out_w))
-            return y.transpose((1, 0, 2, 3))
-        pictures = []
-        for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
-            blocks = []
-            for first in range(0, out_h, rows):
-                here = min(rows, out_h - first)
-                block = picture if here == out_h else ops.narrow(picture, 2, first * s, (here - 1) * s + k)
-                y = self.matmul(weight, self._columns(block, inside).reshape((self.depth, here * out_w)))
-                blocks.append(y.reshape((1, self.out_channels, here, out_w)))
-            pictures.append(blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2))
-        return pictures[0] if len(pictures) == 1 else ops.concat(pictures, 0)
-
-    def _columns(self, x: Tensor, padding: int) -> Tensor:
-        """(B, C, H, W) -> (B, depth, positions)."""
-        if self.kernel_size == 1 and self.stride == 1:
-            return x.reshape((x.shape[0], self.depth, x.shape[2] * x.shape[3]))
-        return ops.unfold(x, self.kernel_size, padding=padding, stride=self.stride)
+            y = self.bias_add(y, bias)
+        return y.reshape(x.shape[:-1] + (weight.shape[0],))
 
 
 class GroupNorm(nn.Cell):

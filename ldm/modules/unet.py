@@ -7,7 +7,8 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from ldm.modules.attention import SpatialTransformer
-from ldm.modules.layers import Conv2d, GroupNorm, Linear, SiLU, Upsample, timestep_embedding
+from ldm.modules.convolution import Conv2d
+from ldm.modules.layers import GroupNorm, Linear, SiLU, Upsample, timestep_embedding
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,178 @@
+"""2-D convolution: the device's own operator on Ascend; on the CPU matrix products of columns or of small tiles."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import HeUniform, initializer
+
+from ldm.device import on_ascend
+from ldm.modules.operators import BiasAdd, pad, transpose
+
+# Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
+# would need 1.2 GB at once.
+COLUMN_ELEMENTS = 1 << 24
+# Up to this many output positions one product over the whole batch beats one per picture.
+SMALL_MAP = 256
+# Points of the tiles' polynomials, by the side of a tile: those of Lavin and Gray for 2; for 4 such that the result has
+# five times the rounding of a direct sum, where theirs (0, 1, -1, 2, -2) has ten (arXiv 1803.10986). All are exact in
+# float32, and so are their products.
+TILE_POINTS = {4: (0, 0.75, -0.75, 1.5, -1.5), 2: (0, 1, -1)}
+# With fewer output positions than this, transforming the weight costs more than the tiles save; with fewer channels,
+# transforming the picture does.
+TILED_POSITIONS, TILED_CHANNELS = 450, 16
+# Largest array of transformed tiles at a time, in elements.
+TILE_ELEMENTS = 1 << 24
+
+
+class Conv2d(nn.Cell):
+    """2-D convolution, (B, C, H, W) -> (B, C', H', W').
+
+    On Ascend it is the device's own operator. On the CPU that operator falls into a reference loop. There 3x3
+    convolutions in float32 multiply tiles (`by_tiles`), with a half to a quarter of the products; others unfold the
+    picture into columns and multiply those by the weight, which is 50 to 300 times as fast as the reference loop.
+    Large maps are taken in row blocks.
+
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        kernel_size: side of the square kernel.
+        stride: step between outputs.
+        padding: zeros around the picture; an int, or (top, bottom, left, right).
+        has_bias: whether there is a bias.
+        dtype: of weight, bias and output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding=0,
+                 has_bias: bool = True, dtype=mstype.float32):
+        super().__init__()
+        self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
+        self.kernel_size, self.stride = kernel_size, stride
+        self.padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+        self.depth = in_channels * kernel_size * kernel_size
+        # PyTorch's default initialisation
+        self.weight = Parameter(initializer(HeUniform(math.sqrt(5)), (out_channels, in_channels, kernel_size,
+                                                                      kernel_size), dtype))
+        self.bias = Parameter(initializer("zeros", (out_channels,), dtype)) if has_bias else None
+        self.native = on_ascend()
+        self.tiled = ((kernel_size, stride, self.padding, dtype) == (3, 1, (1,) * 4, mstype.float32)
+                      and in_channels >= TILED_CHANNELS)
+        self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
+        self.bias_add = BiasAdd()
+        self.matmul, self.batch_matmul = ops.MatMul(), ops.BatchMatMul()
+        self.matmul_transposed = ops.MatMul(transpose_b=True)
+        self.transforms = {side: tuple(Tensor(np.kron(matrix, matrix).astype(np.float32))
+                                       for matrix in tile_transforms(side)) for side in TILE_POINTS}
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.native:
+            y = self.conv(x, self.weight)
+        else:
+            side = self.tile_side(x.shape)
+            y = self.by_tiles(x, side) if side else self.by_columns(x)
+        return self.bias_add(y, self.bias) if self.has_bias else y
+
+    def tile_side(self, shape: tuple) -> int:
+        """The side of the tiles that a (B, C, H, W) input is cut into, 0 for columns instead."""
+        batch, _, height, width = shape
+        if self.tiled and batch * height * width >= TILED_POSITIONS:
+            for side in TILE_POINTS:
+                if height % side == 0 and width % side == 0:
+                    return side
+        return 0
+
+    def by_tiles(self, x: Tensor, side: int) -> Tensor:
+        """A 3x3 convolution as products of transformed tiles.
+
+        A tile of `side` x `side` outputs follows from (side + 2)^2 inputs; transformed, each of these is multiplied
+        over the channels alone. That makes 36 products for 16 outputs, or 16 for 4, in place of 9 for each.
+
+        Source:
+            arXiv 1509.09308, section 4, eq. 8 and algorithm 1.
+        """
+        batch, _, height, width = x.shape
+        from_picture, from_weight, to_output = self.transforms[side]
+        count = (side + 2) ** 2
+        # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
+        weight = ops.depend(self.weight, x).reshape((self.out_channels * self.in_channels, 9))
+        weight = self.matmul_transposed(from_weight, weight).reshape((count, self.out_channels, self.in_channels))
+        across = width // side
+        row = count * max(self.in_channels, self.out_channels) * batch * across
+        rows = side * min(height // side, max(1, TILE_ELEMENTS // row))
+        padding = 1
+        if rows < height:
+            x, padding = pad(x, (1, 1, 0, 0)), (0, 1)
+        blocks = []
+        for first in range(0, height, rows):
+            here = min(rows, height - first)
+            block = x if here == height else ops.narrow(x, 2, first, here + 2)
+            tiles = ops.unfold(block, side + 2, padding=padding, stride=side)
+            positions = here // side * across
+            tiles = transpose(tiles.reshape((batch, self.in_channels, count, positions)), (2, 1, 0, 3))
+            tiles = self.matmul(from_picture, tiles.reshape((count, self.in_channels * batch * positions)))
+            y = self.batch_matmul(weight, tiles.reshape((count, self.in_channels, batch * positions)))
+            y = self.matmul(to_output, y.reshape((count, self.out_channels * batch * positions)))
+            y = y.reshape((side, side, self.out_channels, batch, here // side, across))
+            y = transpose(y, (3, 2, 4, 0, 5, 1))
+            blocks.append(y.reshape((batch, self.out_channels, here, width)))
+        return blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2)
+
+    def by_columns(self, x: Tensor) -> Tensor:
+        """The picture unfolded into columns of what each output sees, times the weight."""
+        batch, _, height, width = x.shape
+        top, bottom, left, right = self.padding
+        k, s = self.kernel_size, self.stride
+        out_h, out_w = (height + top + bottom - k) // s + 1, (width + left + right - k) // s + 1
+        weight = self.weight.reshape((self.out_channels, self.depth))
+        rows = max(1, COLUMN_ELEMENTS // (self.depth * out_w))
+        inside = top if top == bottom == left == right and rows >= out_h else 0
+        if inside == 0:
+            x = pad(x, self.padding)
+        if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
+            columns = transpose(self._columns(x, inside), (1, 0, 2)).reshape((self.depth, batch * out_h * out_w))
+            y = self.matmul(weight, columns).reshape((self.out_channels, batch, out_h, out_w))
+            return transpose(y, (1, 0, 2, 3))
+        pictures = []
+        for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
+            blocks = []
+            for first in range(0, out_h, rows):
+                here = min(rows, out_h - first)
+                block = picture if here == out_h else ops.narrow(picture, 2, first * s, (here - 1) * s + k)
+                y = self.matmul(weight, self._columns(block, inside).reshape((self.depth, here * out_w)))
+                blocks.append(y.reshape((1, self.out_channels, here, out_w)))
+            pictures.append(blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2))
+        return pictures[0] if len(pictures) == 1 else ops.concat(pictures, 0)
+
+    def _columns(self, x: Tensor, padding: int) -> Tensor:
+        """(B, C, H, W) -> (B, depth, positions)."""
+        if self.kernel_size == 1 and self.stride == 1:
+            return x.reshape((x.shape[0], self.depth, x.shape[2] * x.shape[3]))
+        return ops.unfold(x, self.kernel_size, padding=padding, stride=self.stride)
+
+
+def tile_transforms(side: int) -> tuple:
+    """What transforms tiles in one dimension: B^T of the input, G of the weight and A^T of the output, float64 arrays.
+
+    A tile of m outputs under 3 weights is the product of two polynomials, found from its values at m + 1 points and
+    at infinity.
+
+    Args:
+        side: m, one of TILE_POINTS.
+
+    Returns:
+        (m + 2, m + 2), (m + 2, 3) and (m, m + 2).
+
+    Source:
+        arXiv 1803.10986, algorithm 1 (Toom and Cook); names as in arXiv 1509.09308, eq. 5.
+    """
+    points = np.array(TILE_POINTS[side], float)
+    others = [np.delete(points, j) for j in range(side + 1)]
+    scales = np.array([np.prod(point - other) for point, other in zip(points, others)])
+    infinity = np.eye(side + 2)[-1]
+    # The rows of B^T are the coefficients of (x - other points), lowest first; the last one of (x - all points).
+    of_input = np.stack([np.append(np.poly(other)[::-1], 0.0) for other in others] + [np.poly(points)[::-1]])
+    of_weight = np.concatenate((points[:, None] ** np.arange(3) / scales[:, None], [[0.0, 0.0, 1.0]]))
+    of_output = np.stack([np.append(points**i, 0.0) + infinity * (i == side - 1) for i in range(side)])
+    return of_input, of_weight, of_output

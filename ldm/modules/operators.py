@@ -1,0 +1,83 @@
+"""Operators that the CPU computes slowly as MindSpore has them, made of those it computes fast; on Ascend they are the
+same. In gradients the CPU's sums over an axis take ten times as long as a product with ones.
+"""
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+# From so many elements on a compiled transposition is faster than a view that the next operator has to copy.
+LARGE = 1 << 18
+
+
+class BiasAdd(nn.Cell):
+    """A bias added to every row of (N, C), or to every map of (B, C, H, W)."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias_add, self.matmul = ops.BiasAdd(), ops.MatMul()
+
+    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.bias_add(x, bias)
+
+    def bprop(self, x: Tensor, bias: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """The gradients of x and of the bias."""
+        rows = dout
+        if dout.ndim == 4:
+            batch, channels, height, width = dout.shape
+            rows = self.matmul(dout.reshape((batch * channels, height * width)),
+                               ops.ones((height * width, 1), dout.dtype)).reshape((batch, channels))
+        total = self.matmul(ops.ones((1, rows.shape[0]), dout.dtype), rows)
+        return dout, total.reshape(bias.shape)
+
+
+class WeightedValues(nn.Cell):
+    """softmax(q k^T) v, the softmax in float32.
+
+    The gradient of the softmax needs, for every query, the sum of its weights times their gradients; that is the sum
+    of the output times its gradient (arXiv 2205.14135, appendix B.2, eq. 4), over fewer numbers, and is subtracted
+    within the product that makes the weights' gradients: [dy, -sum] [v, 1]^T.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.scores, self.values = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
+        self.transposed, self.softmax = ops.BatchMatMul(transpose_a=True), ops.Softmax(-1)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        """(G, N, d) scaled queries, (G, T, d) keys and values -> (G, N, d), and the (G, N, T) float32 weights."""
+        weights = self.softmax(self.scores(q, k).astype(mstype.float32))
+        return self.values(weights.astype(v.dtype), v), weights
+
+    def bprop(self, q: Tensor, k: Tensor, v: Tensor, out: tuple, dout: tuple) -> tuple:
+        """The gradients of q, k and v; that of the weights is not looked at, for nothing but `construct` uses them."""
+        y, weights = out
+        dy = dout[0]
+        total = self.values(dy * y, ops.ones((y.shape[0], y.shape[2], 1), y.dtype))
+        ones = ops.ones((v.shape[0], v.shape[1], 1), v.dtype)
+        dscores = self.scores(ops.concat((dy, -total), -1), ops.concat((v, ones), -1))
+        dscores = (dscores.astype(mstype.float32) * weights).astype(q.dtype)
+        dv = self.transposed(weights.astype(v.dtype), dy)
+        return self.values(dscores, k), self.transposed(dscores, q), dv
+
+
+def transpose(x: Tensor, axes: tuple) -> Tensor:
+    """The axes of x in another order. In PyNative that is a view, which is then copied seven times as slowly."""
+    return _compiled_transpose(x, axes) if x.size >= LARGE else ops.transpose(x, axes)
+
+
+@ms.jit
+def _compiled_transpose(x: Tensor, axes: tuple) -> Tensor:
+    return ops.transpose(x, axes)
+
+
+def pad(x: Tensor, padding: tuple) -> Tensor:
+    """(B, C, H, W) with zeros around it: (top, bottom, left, right). The CPU's own Pad takes eighty times as long."""
+    for axis, (before, after) in ((2, padding[:2]), (3, padding[2:])):
+        parts = [ops.zeros(x.shape[:axis] + (size,) + x.shape[axis + 1:], x.dtype) for size in (before, after) if size]
+        if before and after:
+            x = ops.concat((parts[0], x, parts[1]), axis)
+        elif parts:
+            x = ops.concat((parts[0], x) if before else (x, parts[0]), axis)
+    return x
