@@ -53,8 +53,7 @@ def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Fami
                       family.finetuned, group, validation)
     if args.recompute:
         recompute_blocks(model.diffusion.unet)
-    loss = NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj,
-                               model.diffusion.schedule.loss_weights(args.p2_k))
+    loss = NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj)
     step = TrainStep(loss, optimizer, args.gradient_accumulation_steps, group.size)
     encoders = FrozenEncoders(model)
     first, make, collate = run.step * args.gradient_accumulation_steps, samples_of(dataset, args.seed), stack
@@ -71,7 +70,7 @@ def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Fami
     def inputs(batch: Batch | FeatureBatch) -> tuple:
         features = batch.features if args.cache_dir else encoders.features(batch)
         drops = args.drop_image_prob, args.drop_text_prob, args.drop_both_prob
-        return encoders.inputs(features, batch.positions, args.seed, drops)
+        return encoders.inputs(features, batch.positions, args.seed, drops, args.p2_k)
 
     with Loader(stream, make, first, args.num_workers, collate=collate) as loader:
         run.train(step, loader, inputs)

@@ -29,6 +29,7 @@ class ModelConfig:
         scale_factor: what the autoencoder's latents are multiplied by.
         beta_start: beta of timestep 0.
         beta_end: beta of timestep 999.
+        prediction: "eps" for a UNet that predicts the noise, "v" for the velocity.
     """
 
     num_heads: int = 8
@@ -38,10 +39,11 @@ class ModelConfig:
     scale_factor: float = 0.18215
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    prediction: str = "eps"
 
     def schedule(self) -> NoiseSchedule:
-        """The noise the model was trained with."""
-        return NoiseSchedule(self.beta_start, self.beta_end)
+        """The noise the model was trained with, and what it predicts."""
+        return NoiseSchedule(self.beta_start, self.beta_end, self.prediction)
 
 
 @dataclass
@@ -130,8 +132,8 @@ class TrainingConfig:
     beta1: float = _setting(0.9, "AdamW: decay of the mean of gradients")
     beta2: float = _setting(0.999, "AdamW: decay of the mean of squared gradients")
     weight_decay: float = _setting(0.01, "AdamW: weight decay")
-    p2_k: float = _setting(0.0, "weigh each sample's error by 1 / (k + signal-to-noise ratio), as P2 weighting does; "
-                                "0 weighs all the same")
+    p2_k: float = _setting(0.0, "draw timesteps in proportion to 1 / (k + signal-to-noise ratio), as P2 weighting "
+                                "weighs errors; 0 draws all alike")
     max_grad_norm: float = _setting(0.0, "clip gradients to this norm; 0 for never")
     ema_decay: float = _setting(0.0, "save an average of the weights with this decay, such as 0.999; 0 for none")
     init_loss_scale: float = _setting(65536.0, "float16: what the loss is multiplied by at first")
@@ -157,7 +159,7 @@ def load_config(schema: type, path) -> object:
 
     Args:
         schema: a dataclass; its defaults stand where the file is silent.
-        path: the YAML file.
+        path: the YAML file. In place of a block, `model` may name another file, relative to this one, that has it.
 
     Raises:
         UserError: missing file, broken YAML, unknown key or wrong type; the message names the key.
@@ -166,6 +168,8 @@ def load_config(schema: type, path) -> object:
         raise UserError(f"--config {path}: no such file; expected a YAML file such as those in configs/inference")
     try:
         given = OmegaConf.load(path)
+        if isinstance(given.get("model"), str):
+            given["model"] = load_config(InferenceConfig, Path(path).parent / given["model"]).model
         for setting in fields(schema):
             for alias in set(given) & set(setting.metadata.get("aliases", ())):
                 if setting.name in given:

@@ -10,6 +10,7 @@ from mindspore import Tensor
 from PIL import Image
 
 from ip_adapter.build import ImagePromptModel
+from ip_adapter.charts import BLUE, ORANGE, Curve, chart
 from ip_adapter.drawn_world import (
     COLOURS,
     NEUTRAL,
@@ -29,6 +30,7 @@ from ldm.ddim import KeptRegion
 from ldm.model import Control
 
 SHEET_ROWS = 12
+LINES = {"colour": (200, 40, 40), "ground": (40, 150, 60), "shape": BLUE, "both": ORANGE, "iou": ORANGE}
 
 
 @dataclass(frozen=True)
@@ -143,3 +145,17 @@ class DemoJudge:
         if task.text != "other ground":
             return scene
         return Scene(**{**vars(scene), "ground": self.other_ground(n)})
+
+
+def figure_curves(figures: dict) -> Image.Image:
+    """The figures of several checkpoints over their steps, a chart for each task.
+
+    Args:
+        figures: step -> task -> what `DemoJudge.judge` gives, in the order of the steps.
+    """
+    charts = []
+    for task, names in next(iter(figures.values())).items():
+        curves = [Curve(list(figures), [of_step[task][name] for of_step in figures.values()], colour, name)
+                  for name, colour in LINES.items() if name in names]
+        charts.append(np.asarray(chart(curves, f"{task}: shares that are right, over steps", from_zero=True)))
+    return Image.fromarray(np.concatenate(charts))

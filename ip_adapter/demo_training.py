@@ -28,7 +28,7 @@ from ip_adapter.parts import ModelSizes
 from ip_adapter.patch import unpatch_cross_attention
 from ip_adapter.preprocess import canny, hint_pixels
 from ip_adapter.standins import write_standins
-from ip_adapter.training import NoiseError, NoisePredictionLoss
+from ip_adapter.training import NoisePredictionLoss
 from ldm.checkpoint_file import open_checkpoint, save_arrays
 from ldm.errors import UserError
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -128,16 +128,16 @@ class ContrastiveLoss(nn.Cell):
 class ControlNetLoss(nn.Cell):
     """Mean squared error of the noise a UNet predicts with a ControlNet's residuals; arXiv 2302.05543, eq. 5."""
 
-    def __init__(self, unet: UNetModel, controlnet: ControlNet, weights: np.ndarray | None = None):
+    def __init__(self, unet: UNetModel, controlnet: ControlNet):
         super().__init__()  # with prefixes: the ControlNet has the names of the UNet
-        self.unet, self.controlnet, self.error = unet, controlnet, NoiseError(weights)
+        self.unet, self.controlnet = unet, controlnet
 
-    def construct(self, x: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, vector: Tensor,
+    def construct(self, x: Tensor, timesteps: Tensor, target: Tensor, text: Tensor, vector: Tensor,
                   hint: Tensor) -> Tensor:
         """As `NoisePredictionLoss`, with hints (B, 3, H, W) in [0, 1] in place of embeddings."""
         embedded, whole = self.controlnet.input_hint_block(hint), Tensor(1.0, ms.float32)
         residuals = self.controlnet(x, timesteps, text, embedded, whole, vector)
-        return self.error(self.unet(x, timesteps, text, vector, residuals), noise, timesteps)
+        return ops.square(self.unet(x, timesteps, text, vector, residuals) - target).mean()
 
 
 class Stage(NamedTuple):
@@ -215,8 +215,7 @@ def unet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stag
     """The UNet under text alone."""
     unet, cache = model.diffusion.unet, _features(model, dataset, args)
     noisy = _noisy(cache.encoders, args)
-    loss = NoisePredictionLoss(unet, weights=model.diffusion.schedule.loss_weights(args.p2_k))
-    return Stage(loss, network_parameters({"unet": unet}), cache.sample, cache.collate,
+    return Stage(NoisePredictionLoss(unet), network_parameters({"unet": unet}), cache.sample, cache.collate,
                  lambda batch: noisy(batch)[:5], lambda path, trained: save_model(path, model, trained))
 
 
@@ -240,8 +239,7 @@ def controlnet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -
         records, hints = zip(*samples)
         return _Arrays(step, (cache.collate(step, positions, records), np.stack(hints)))
 
-    loss = ControlNetLoss(diffusion.unet, controlnet, diffusion.schedule.loss_weights(args.p2_k))
-    return Stage(loss, network_parameters({"controlnet": controlnet}), make,
+    return Stage(ControlNetLoss(diffusion.unet, controlnet), network_parameters({"controlnet": controlnet}), make,
                  collate, lambda batch: (*noisy(batch.arrays[0])[:5], Tensor(batch.arrays[1])),
                  lambda path, trained: save_model(path, model, trained))
 
@@ -283,5 +281,6 @@ def _features(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Featu
 def _noisy(encoders: FrozenEncoders, args: TrainingConfig) -> Callable:
     """FeatureBatch -> what `training_inputs` gives."""
     def inputs(batch: FeatureBatch) -> tuple:
-        return encoders.inputs(batch.features, batch.positions, args.seed, (0.0, args.drop_text_prob, 0.0))
+        drops = 0.0, args.drop_text_prob, 0.0
+        return encoders.inputs(batch.features, batch.positions, args.seed, drops, args.p2_k)
     return inputs

@@ -45,7 +45,7 @@ PARTIAL = ("a {ground} ground", "a {ground} background", "a {colour} {shape}", "
            "a {shape} on a {ground} background", "a {colour} shape on a {ground} ground")
 # The default prompt and negative prompt of the scripts: in this world they mean nothing.
 NEUTRAL = ("best quality, high quality", "monochrome, lowres, bad anatomy, worst quality, low quality", "")
-CAPTION_KINDS = (0.6, 0.3, 0.1)  # shares of whole, partial and neutral captions among those to train on
+CAPTION_KINDS = (0.8, 0.12, 0.08)  # shares of whole, partial and neutral captions among those to train on
 
 
 @dataclass(frozen=True)

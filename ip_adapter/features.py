@@ -73,7 +73,7 @@ class FrozenEncoders:
         return Features(mean.astype(np.float16), deviation.astype(np.float16), *self.text(batch.texts),
                         embedding.astype(np.float16), batch.sizes)
 
-    def inputs(self, features: Features, positions: np.ndarray, seed: int, drops: tuple) -> tuple:
+    def inputs(self, features: Features, positions: np.ndarray, seed: int, drops: tuple, p2_k: float = 0.0) -> tuple:
         """What `training_inputs` gives for samples at these places in the stream.
 
         Args:
@@ -81,8 +81,10 @@ class FrozenEncoders:
             positions: (B,) int64, their places.
             seed: of the training.
             drops: shares that lose the picture, the text, and both.
+            p2_k: of the timesteps, see `NoiseSchedule.timestep_shares`.
         """
-        drawn = [draws(seed, int(position), features.mean.shape[1:], *drops) for position in positions]
+        shares = self.model.diffusion.schedule.timestep_shares(p2_k)
+        drawn = [draws(seed, int(position), features.mean.shape[1:], *drops, shares) for position in positions]
         return training_inputs(features, drawn, self.empty_text, self.model.diffusion)
 
 
@@ -97,15 +99,16 @@ def training_inputs(features: Features, drawn: list[Draw], empty_text: list, dif
         diffusion: the model, for its noise schedule and what it is told beside tokens.
 
     Returns:
-        Noisy latents, timesteps, noise, text, vector (None for SD-1.5) and image embedding, float32 Tensors.
+        Noisy latents, timesteps, what to predict, text, vector (None for SD-1.5) and image embedding, float32 Tensors.
     """
     timesteps, noise, posterior, drop_image, drop_text = (np.stack(column) for column in zip(*drawn))
     latents = (features.mean + features.deviation * posterior) * np.float32(diffusion.scale_factor)
-    noisy = diffusion.schedule.add_noise(latents, noise, timesteps)
+    noisy, target = (make(latents, noise, timesteps)
+                     for make in (diffusion.schedule.add_noise, diffusion.schedule.target))
     text = np.where(drop_text[:, None, None], empty_text[0], features.text)
     embedding = np.where(drop_image[:, None], 0, features.embedding)
-    noisy, timesteps, noise, text, embedding = (
-        Tensor(array.astype(np.float32)) for array in (noisy, timesteps, noise, text, embedding))
+    noisy, timesteps, target, text, embedding = (
+        Tensor(array.astype(np.float32)) for array in (noisy, timesteps, target, text, embedding))
     pooled = np.where(drop_text[:, None], empty_text[1], features.pooled).astype(np.float32)
     told = diffusion.tell_sizes(Condition(text, Tensor(pooled) if pooled.size else None), features.sizes)
-    return noisy, timesteps, noise, text, told.vector, embedding
+    return noisy, timesteps, target, text, told.vector, embedding

@@ -76,7 +76,7 @@ class Stream:
 
 
 def draws(seed: int, position: int, shape: tuple, p_image: float = 0.05, p_text: float = 0.05,
-          p_both: float = 0.05) -> Draw:
+          p_both: float = 0.05, shares: np.ndarray | None = None) -> Draw:
     """All random numbers of one training sample; they depend on seed and position only.
 
     They are drawn in this order: timestep, the one uniform number that decides what is dropped, noise, posterior; so
@@ -89,12 +89,14 @@ def draws(seed: int, position: int, shape: tuple, p_image: float = 0.05, p_text:
         p_image: share of samples that lose the picture only.
         p_text: share that loses the text only.
         p_both: share that loses both.
+        shares: (1000,) of the timesteps (`NoiseSchedule.timestep_shares`); None for all alike.
 
     Source:
         tencent-ailab/IP-Adapter: tutorial_train.py, for the one draw and its order; the random streams are ours.
     """
     rng = np.random.default_rng([seed, position])
-    timestep, u = int(rng.integers(TRAIN_STEPS)), rng.random()
+    timestep = int(rng.integers(TRAIN_STEPS) if shares is None else rng.choice(TRAIN_STEPS, p=shares))
+    u = rng.random()
     noise, posterior = (rng.standard_normal(shape, np.float32) for _ in range(2))
     kind = np.searchsorted(np.cumsum([p_image, p_text, p_both]), u, "right")  # 0 image, 1 text, 2 both, 3 nothing
     return Draw(timestep, noise, posterior, drop_image=kind in (0, 2), drop_text=kind in (1, 2))

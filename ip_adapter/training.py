@@ -12,50 +12,29 @@ from ip_adapter.image_prompt import ImageProjModel
 from ldm.modules.unet import UNetModel
 
 
-class NoiseError(nn.Cell):
-    """Mean squared error of predicted noise.
-
-    Args:
-        weights: (1000,) float32, one for each timestep (`NoiseSchedule.loss_weights`); None weighs all the same.
-    """
-
-    def __init__(self, weights: np.ndarray | None = None):
-        super().__init__(auto_prefix=False)
-        self.weights = None if weights is None else Tensor(weights)
-
-    def construct(self, predicted: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Two (B, 4, H, W) and (B,) float32 -> () float32."""
-        error = ops.square(predicted - noise)
-        if self.weights is not None:
-            weights = ops.gather(self.weights, timesteps.astype(ms.int32), 0)
-            error = error * weights.reshape((-1, 1, 1, 1))
-        return error.mean()
-
-
 class NoisePredictionLoss(nn.Cell):
-    """Mean squared error of the noise a UNet predicts from text and image tokens, or from text alone.
+    """Mean squared error of what a UNet predicts from text and image tokens, or from text alone.
 
     Args:
         unet: the network.
         image_proj: makes image tokens; None for text alone.
-        weights: as `NoiseError`.
 
     Source:
         IP-Adapter (arXiv 2308.06721), eq. 6.
     """
 
-    def __init__(self, unet: UNetModel, image_proj: ImageProjModel | None = None, weights: np.ndarray | None = None):
+    def __init__(self, unet: UNetModel, image_proj: ImageProjModel | None = None):
         super().__init__(auto_prefix=False)
-        self.unet, self.image_proj, self.error = unet, image_proj, NoiseError(weights)
+        self.unet, self.image_proj = unet, image_proj
 
-    def construct(self, x: Tensor, timesteps: Tensor, noise: Tensor, text: Tensor, vector: Tensor = None,
+    def construct(self, x: Tensor, timesteps: Tensor, target: Tensor, text: Tensor, vector: Tensor = None,
                   embedding: Tensor = None) -> Tensor:
         """The loss of a batch.
 
         Args:
             x: (B, 4, H, W) float32 noisy latents.
             timesteps: (B,) float32.
-            noise: (B, 4, H, W) float32, what was added.
+            target: (B, 4, H, W) float32, what to predict: the noise that was added, or the velocity.
             text: (B, T, D) float32 text tokens.
             vector: (B, V) float32 vector condition of SDXL, or None.
             embedding: (B, E) float32 image embeddings, zero where the picture is dropped; None without a projector.
@@ -66,7 +45,7 @@ class NoisePredictionLoss(nn.Cell):
         context = text
         if self.image_proj is not None:
             context = ops.concat((text, self.image_proj(embedding)), 1)
-        return self.error(self.unet(x, timesteps, context, vector), noise, timesteps)
+        return ops.square(self.unet(x, timesteps, context, vector) - target).mean()
 
 
 @dataclass(frozen=True)

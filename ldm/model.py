@@ -31,7 +31,7 @@ class GuidedDenoiser(nn.Cell):
     def construct(self, x: Tensor, timestep: Tensor, context: Tensor, scale: Tensor, y: Tensor = None,
                   text: Tensor = None, hints: Tensor = None, control_scales: Tensor = None, deep: Tensor = None,
                   residual: Tensor = None) -> tuple:
-        """Predict the noise.
+        """Predict what the network was trained to (`NoiseSchedule.prediction`).
 
         Args:
             x: (B, 4, H, W) float32 latents.
@@ -61,11 +61,11 @@ class GuidedDenoiser(nn.Cell):
             deep, skip = self.unet.features(batch, emb, context, control)
         else:
             skip = self.unet.first_skip(batch) + residual.astype(deep.dtype)
-        noise = self.unet.last_block(deep, skip, emb, context)
+        predicted = self.unet.last_block(deep, skip, emb, context)
         if guided:
-            uncond, cond = ops.split(noise, x.shape[0], 0)
-            noise = uncond + scale * (cond - uncond)
-        return noise, deep, residual
+            uncond, cond = ops.split(predicted, x.shape[0], 0)
+            predicted = uncond + scale * (cond - uncond)
+        return predicted, deep, residual
 
     def _residuals(self, x: Tensor, timesteps: Tensor, text: Tensor, hints: Tensor, scales: Tensor, y) -> list:
         """The sum of what the ControlNets give."""
@@ -121,10 +121,10 @@ class LatentDiffusion:
     """The parts of a model and what joins them.
 
     Attributes:
-        unet: predicts noise; patched with image attention or not.
+        unet: predicts noise or velocity; patched with image attention or not.
         vae: autoencoder.
         text_encoders: CLIP-L; of SDXL, OpenCLIP's ViT-bigG as well.
-        schedule: the noise it was trained with.
+        schedule: the noise it was trained with, and what it predicts.
         scale_factor: what latents are multiplied by (0.18215).
         controlnets: in the order of the hints.
     """
@@ -214,12 +214,13 @@ class LatentDiffusion:
             if t in shortcuts.shallow and kept and len(kept[0]) >= len(context):
                 # The conditional half is the last; without ControlNets the residual has no halves.
                 earlier = [part[-len(context):] if part.shape else part for part in kept]
-                return self.guided(x, timestep, context, scale, y, None, None, None, *earlier)[0]
+                predicted = self.guided(x, timestep, context, scale, y, None, None, None, *earlier)[0]
+                return self.schedule.noise_in(x, predicted, t)
             scales = [control.scale if t in control.timesteps else 0.0 for control in controls]
             acting = (text, hints, Tensor(scales, ms.float32)) if any(scales) else (None, None, None)
-            noise, *made = self.guided(x, timestep, context, scale, y, *acting)
+            predicted, *made = self.guided(x, timestep, context, scale, y, *acting)
             if shortcuts.shallow:
                 kept[:] = made
-            return noise
+            return self.schedule.noise_in(x, predicted, t)
 
         return denoise

@@ -1,11 +1,14 @@
 """What the demo model makes of scenes it never saw, judged by pixels: colours, shapes and places.
 
 python tools/evaluate_demo.py --out runs/demo_evaluation
+python tools/evaluate_demo.py --out runs/demo_curve --task text --ckpt_path runs/demo_unet/ckpt/unet-*.ckpt
 """
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -21,24 +24,27 @@ from ip_adapter.cli import (  # noqa: E402
     add_config_flags,
     add_device_flags,
     config_from,
-    default_weights,
     execute,
     existing_file,
+    first_existing,
     in_range,
     start_logging,
 )
-from ip_adapter.demo_evaluation import TASKS, DemoJudge  # noqa: E402
+from ip_adapter.config import InferenceConfig  # noqa: E402
+from ip_adapter.demo_evaluation import TASKS, DemoJudge, figure_curves  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
+from ldm.errors import UserError  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
-    """Parse the flags, make the pictures of every task, print the table."""
+    """Parse the flags, judge the checkpoint or, over the steps of a training, each of several."""
     version, config = config_from(argv, versions=DEMOS)
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for figures.json and a sheet of pictures for each task")
-    add("--ckpt_path", type=existing_file, help="checkpoint (default: the demo model)")
-    add("--ip_adapter", type=existing_file, help="adapter in place of the checkpoint's")
+    add("--ckpt_path", type=existing_file, nargs="+", help="checkpoint (default: the demo model), or several of one "
+        "training, NAME-STEP.ckpt, for curves.png")
+    add("--ip_adapter", type=existing_file, nargs="+", help="adapter in place of the checkpoint's, or several")
     add("--controlnet", type=existing_file, help="ControlNet in place of the checkpoint's")
     add("--task", choices=TASKS, action="append", help="which to judge, may be repeated (default: all)")
     add("--count", type=in_range(int, 2, 100000), default=200, help="scenes")
@@ -51,22 +57,47 @@ def main(argv: list | None = None) -> None:
     args = parser.parse_args(argv)
     start_logging(args.log_level)
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
+    several = [flag for flag in ("ckpt_path", "ip_adapter") if len(getattr(args, flag) or ()) > 1]
+    if not several:
+        judged(args, config, args.out)
+        return
+    if len(several) == 2:
+        raise UserError("--ckpt_path and --ip_adapter name several files both; the curve is of one of them")
+    flag, = several
+    figures = {step: judged(argparse.Namespace(**{**vars(args), flag: [path]}), config, args.out / str(step))
+               for step, path in sorted((step_of(path, flag), path) for path in getattr(args, flag))}
+    figure_curves(figures).save(args.out / "curves.png")
+
+
+def judged(args: argparse.Namespace, config: InferenceConfig, folder: Path) -> dict:
+    """Make the pictures of every task, write sheets and figures into the folder, print the table: task -> figures."""
     tasks = args.task or list(TASKS)
     controlled = any(TASKS[task].controlled for task in tasks)
-    weights = default_weights(args, config)
+    weights, adapter = ((getattr(args, flag) or [None])[0] for flag in ("ckpt_path", "ip_adapter"))
+    weights = weights or first_existing(config.ckpt_path, "--ckpt_path")
     model = build_model(weights, config.model, args.dtype or default_dtype(),
-                        ExtraParts(args.ip_adapter, None, [args.controlnet] if controlled else []), family=None)
+                        ExtraParts(adapter, None, [args.controlnet] if controlled else []), family=None)
     judge = DemoJudge(model, config.sampling.H, args.steps, args.scale, args.seed, args.count, args.variations)
-    figures = {"checkpoint": weights.name, "scenes": args.count, "variations": args.variations, "steps": args.steps,
-               "guidance_scale": args.scale, "seed": args.seed}
-    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {"checkpoint": weights.name, "scenes": args.count, "variations": args.variations, "steps": args.steps,
+                "guidance_scale": args.scale, "seed": args.seed}
+    figures = {}
+    folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         batches = tqdm(judge.batches(TASKS[task]), total=args.count, desc=task, unit="scene", disable=None)
         figures[task], sheet = judge.judge(TASKS[task], batches)
-        Image.fromarray(sheet).save(args.out / f"{task}.png")
+        Image.fromarray(sheet).save(folder / f"{task}.png")
         logging.info("%-12s %s", task, "  ".join(f"{name} {100 * value:.1f}" if name != "iou" else f"IoU {value:.3f}"
                                                 for name, value in figures[task].items()))
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "figures.json").write_text(json.dumps({**settings, **figures}, indent=1) + "\n")
+    return figures
+
+
+def step_of(path: Path, flag: str) -> int:
+    """The step in the name of a checkpoint."""
+    found = re.search(r"-(\d+)(_ip_only)?$", path.stem)
+    if not found:
+        raise UserError(f"--{flag} {path}: has no step in its name; several files are expected as NAME-STEP.ckpt")
+    return int(found[1])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def formula(x: Tensor, t: float) -> Tensor:
 
 @pytest.mark.parametrize("name, sampler", [("euler", sample_euler), ("euler_karras", sample_euler),
                                            ("euler_ancestral", sample_euler_ancestral), ("heun", sample_heun),
-                                           ("dpmpp_2m", sample_dpmpp_2m)])
+                                           ("dpmpp_2m", sample_dpmpp_2m), ("euler_v", sample_euler)])
 def test_the_numbers_of_diffusers(name, sampler):
     with np.load(DATA / "sampler_reference.npz") as recorded:
         reference = dict(recorded)
@@ -32,9 +32,10 @@ def test_the_numbers_of_diffusers(name, sampler):
     np.testing.assert_allclose(sigmas, reference["euler_sigmas"], rtol=5e-6)
     if name == "euler_karras":  # whose range ends at the last of these levels, not at the schedule's
         sigmas = reference["euler_karras_sigmas"].astype(np.float64)
-    fresh = iter(reference["fresh"])
+    fresh, schedule = iter(reference["fresh"]), NoiseSchedule(prediction="v" if name.endswith("_v") else "eps")
     start = Tensor(reference["start"]) * float(np.sqrt(sigmas[0] ** 2 + 1))
-    *_, x = sampler(Denoiser(formula), start, sigmas, lambda: Tensor(next(fresh)))
+    denoise = Denoiser(lambda x, t: schedule.noise_in(x, formula(x, t), t))
+    *_, x = sampler(denoise, start, sigmas, lambda: Tensor(next(fresh)))
     np.testing.assert_allclose(x.asnumpy(), reference[name], rtol=1e-4, atol=1e-4)
 
 

@@ -10,6 +10,7 @@ import pytest
 from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.stream import Batch, Loader, Stream, draws, samples_of
 from ldm.errors import UserError
+from ldm.schedule import NoiseSchedule
 
 SHAPES = [(1, 1, 1), (1, 3, 2), (5, 8, 1), (7, 2, 1), (7, 3, 2), (10, 5, 2), (12, 4, 3), (100, 7, 1), (3, 20, 2)]
 
@@ -91,6 +92,21 @@ def test_draws_depend_on_seed_and_position_only():
     assert a.noise.shape == a.posterior.shape == (4, 8, 8) and a.noise.dtype == a.posterior.dtype == np.float32
     noises = [a.noise, a.posterior, draws(7, 13, (4, 8, 8)).noise, draws(8, 12, (4, 8, 8)).noise]
     assert all(abs(np.corrcoef(x.ravel(), y.ravel())[0, 1]) < 0.25 for i, x in enumerate(noises) for y in noises[:i])
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("k", [0.02, 1])
+def test_timesteps_are_drawn_as_p2_weighs_errors(prediction, k):
+    schedule = NoiseSchedule(prediction=prediction)
+    alpha = schedule.alphas_cumprod()
+    weights = 1 / (k + alpha / (1 - alpha))
+    if prediction == "v":  # an error of v is one of the noise, 1 / sqrt(alpha) times as large
+        weights *= alpha
+    shares = schedule.timestep_shares(k)
+    drawn = np.array([draws(3, position, (1, 1, 1), shares=shares).timestep for position in range(10_000)])
+    got, expected = np.histogram(drawn, 10, (0, 1000))[0], 10_000 * weights.reshape(10, 100).sum(1) / weights.sum()
+    assert (np.abs(got - expected) < 5 * np.sqrt(expected) + 1).all()
+    assert schedule.timestep_shares(0) is None
 
 
 def test_timestep_and_drops_do_not_depend_on_the_size_of_the_noise():

@@ -8,7 +8,6 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ip_adapter.training import (
     AdamW,
-    NoiseError,
     NoisePredictionLoss,
     OptimizerConfig,
     TrainStep,
@@ -16,7 +15,6 @@ from ip_adapter.training import (
     recompute_blocks,
 )
 from ldm.modules.unet import UNetConfig, UNetModel
-from ldm.schedule import NoiseSchedule
 
 
 class Line(nn.Cell):
@@ -86,18 +84,6 @@ def test_adamw_is_the_papers(mode, config):
                                rtol=1e-5)
     if config.scale_window:  # 20 good steps, a window of 4
         assert state["loss_scale"] == 1024 * 2**5 and state["good_steps"] == 0
-
-
-@pytest.mark.parametrize("k", [0, 0.2, 1])
-def test_errors_are_weighed_by_the_noise(mode, k):
-    rng, timesteps = np.random.default_rng(0), np.array([1, 400, 999])
-    predicted, noise = rng.standard_normal((2, 3, 4, 2, 2)).astype(np.float32)
-    alpha = NoiseSchedule().alphas_cumprod()
-    weights = 1 / (k + alpha / (1 - alpha)) if k else np.ones(1000)
-    expected = (np.square(predicted - noise).mean((1, 2, 3)) * weights[timesteps] / weights.mean()).mean()
-    error = NoiseError(NoiseSchedule().loss_weights(k))
-    got = error(Tensor(predicted), Tensor(noise), Tensor(timesteps, ms.float32))
-    np.testing.assert_allclose(got.asnumpy(), expected, rtol=1e-5)
 
 
 def test_an_overflow_changes_nothing_but_the_scale(mode):

@@ -8,6 +8,8 @@ from mindspore import Tensor
 from ldm.ddim import KeptRegion, next_alphas, sample_ddim
 from ldm.errors import UserError
 from ldm.schedule import NoiseSchedule, leading_timesteps
+from tests.conftest import DATA
+from tests.gm.test_sampler import formula
 
 ALPHAS = NoiseSchedule().alphas_cumprod()
 
@@ -59,6 +61,33 @@ def test_a_gaussian_is_recovered(steps):
     expected = mean + deviation * (noise - np.sqrt(first) * mean) / np.sqrt(first * deviation**2 + 1 - first)
     tolerance = {20: 0.1, 100: 0.02, 1000: 0.01}[steps]
     assert abs(result.mean() - expected.mean()) < tolerance and np.abs(result - expected).max() < 4 * tolerance
+
+
+def test_the_numbers_of_diffusers_for_a_velocity():
+    schedule = NoiseSchedule(prediction="v")
+    with np.load(DATA / "sampler_reference.npz") as reference:
+        *_, x = sample_ddim(lambda x, t: schedule.noise_in(x, formula(x, t), t), Tensor(reference["start"]),
+                            leading_timesteps(9), schedule)
+        np.testing.assert_allclose(x.asnumpy(), reference["ddim_v"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_velocity_is_picture_and_noise():
+    """Salimans and Ho (arXiv 2202.00512), appendix D: v is at a right angle to the noisy picture; both give both."""
+    rng, schedule, timesteps = np.random.default_rng(0), NoiseSchedule(prediction="v"), np.array([0, 500, 999])
+    latents, noise = rng.standard_normal((2, 3, 4, 2, 2))
+    noisy, v = schedule.add_noise(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
+    np.testing.assert_allclose(noisy**2 + v**2, latents**2 + noise**2)
+    for i, t in enumerate(timesteps):
+        np.testing.assert_allclose(schedule.noise_in(noisy[i], v[i], t), noise[i])
+    between = schedule.noise_in(0.0, 1.0, 500.5)
+    assert schedule.noise_in(0.0, 1.0, 501) < between < schedule.noise_in(0.0, 1.0, 500)
+    eps = NoiseSchedule()
+    assert eps.target(latents, noise, timesteps) is noise and eps.noise_in(noisy, noise, 5) is noise
+
+
+def test_an_unknown_prediction_is_refused():
+    with pytest.raises(UserError, match="`prediction` is x0, expected eps or v"):
+        NoiseSchedule(prediction="x0")
 
 
 def test_noise_level_of_every_strength():

@@ -1,4 +1,4 @@
-"""Record what diffusers' schedulers make of a formula in place of a network, for tests/gm/test_sampler.py.
+"""Record what diffusers' schedulers make of a formula in place of a network, for the tests of samplers in gm and ldm.
 
 python tests/record/record_samplers.py tests/data/sampler_reference.npz     (torch 2.13.0, diffusers 0.42.1)
 """
@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import torch
 from diffusers import (
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -25,11 +26,13 @@ SCHEDULERS = {
     "heun": HeunDiscreteScheduler(**LEADING),
     "dpmpp_2m": DPMSolverMultistepScheduler(**BETAS, algorithm_type="dpmsolver++", solver_order=2,
                                             final_sigmas_type="zero"),
+    "euler_v": EulerDiscreteScheduler(**LEADING, prediction_type="v_prediction"),
+    "ddim_v": DDIMScheduler(**LEADING, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False),
 }
 STEPS = 9
 
 
-def noise_of(x: torch.Tensor, t: float) -> torch.Tensor:
+def predicted(x: torch.Tensor, t: float) -> torch.Tensor:
     """The formula: bounded, not linear, different at every timestep."""
     return torch.tanh(0.7 * x + float(t) / 1000) - 0.1 * x
 
@@ -47,11 +50,13 @@ def main() -> None:
             scheduler.set_timesteps(timesteps=(np.arange(STEPS) * (1000 // STEPS) + 1)[::-1].tolist())
         else:
             scheduler.set_timesteps(STEPS)
-        # DPM-Solver works on x of unit variance, the others on x whose noise has deviation sigma.
+        # DPM-Solver and DDIM work on x of unit variance, the others on x whose noise has deviation sigma.
         x = torch.from_numpy(start) * (1.0 if name == "dpmpp_2m" else scheduler.init_noise_sigma)
         for t in scheduler.timesteps:
-            x = scheduler.step(noise_of(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
-        recorded[name], recorded[name + "_sigmas"] = x.numpy(), np.asarray(scheduler.sigmas)
+            x = scheduler.step(predicted(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+        recorded[name] = x.numpy()
+        if name != "ddim_v":
+            recorded[name + "_sigmas"] = np.asarray(scheduler.sigmas)
     np.savez(sys.argv[1], **recorded)
 
 
