@@ -12,7 +12,7 @@ from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
-from ldm.modules.operators import WeightedValues, transpose
+from ldm.modules.operators import Transpose, WeightedValues
 
 # Largest score matrix held at a time where there is no fused operator, in elements (64 MiB of float32).
 SCORE_ELEMENTS = 1 << 24
@@ -37,7 +37,7 @@ class Attention(nn.Cell):
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.values = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
-        self.weighted_values = WeightedValues()
+        self.weighted_values, self.transpose = WeightedValues(), Transpose()
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
         """Attend.
@@ -58,11 +58,11 @@ class Attention(nn.Cell):
             return fused_attention(q, k, v, self.num_heads)
         q, k, v = self._by_head(q, size), self._by_head(k, size), self._by_head(v, size)  # (B h, N or T, d)
         y = self._portions(q, k, v, mask, batch * self.num_heads, queries, tokens)
-        y = transpose(y.reshape((batch, self.num_heads, queries, size)), (0, 2, 1, 3))
+        y = self.transpose(y.reshape((batch, self.num_heads, queries, size)), (0, 2, 1, 3))
         return y.reshape((batch, queries, width))
 
     def _by_head(self, x: Tensor, size: int) -> Tensor:
-        x = transpose(x.reshape((x.shape[0], x.shape[1], self.num_heads, size)), (0, 2, 1, 3))
+        x = self.transpose(x.reshape((x.shape[0], x.shape[1], self.num_heads, size)), (0, 2, 1, 3))
         return x.reshape((-1, x.shape[2], size))
 
     def _portions(self, q: Tensor, k: Tensor, v: Tensor, mask, groups: int, queries: int, tokens: int) -> Tensor:
@@ -195,14 +195,15 @@ class SpatialTransformer(nn.Cell):
         self.proj_in = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
         self.transformer_blocks = nn.CellList(
             [BasicTransformerBlock(channels, num_heads, context_dim, dtype) for _ in range(depth)])
+        self.transpose = Transpose()
         self.proj_out = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W) and (B, T, D) -> (B, C, H, W)."""
         batch, channels, height, width = x.shape
-        y = transpose(self.norm(x).reshape((batch, channels, height * width)), (0, 2, 1))  # (B, N, C)
+        y = self.transpose(self.norm(x).reshape((batch, channels, height * width)), (0, 2, 1))  # (B, N, C)
         y = self.proj_in(y)
         for block in self.transformer_blocks:
             y = block(y, context)
-        y = transpose(self.proj_out(y), (0, 2, 1)).reshape((batch, channels, height, width))
+        y = self.transpose(self.proj_out(y), (0, 2, 1)).reshape((batch, channels, height, width))
         return y + x

@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 from ldm.modules.attention import Attention
 from ldm.modules.convolution import Conv2d
 from ldm.modules.layers import GroupNorm, Upsample, normed_conv
-from ldm.modules.operators import transpose
+from ldm.modules.operators import Transpose
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class AttnBlock(nn.Cell):
         self.k = Conv2d(channels, channels, 1, dtype=dtype)
         self.v = Conv2d(channels, channels, 1, dtype=dtype)
         self.proj_out = Conv2d(channels, channels, 1, dtype=dtype)
-        self.attend = Attention(1)
+        self.attend, self.transpose = Attention(1), Transpose()
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         y = self.attend(self._tokens(self.q(y)), self._tokens(self.k(y)), self._tokens(self.v(y)))
-        return x + self.proj_out(transpose(y, (0, 2, 1)).reshape(x.shape))
+        return x + self.proj_out(self.transpose(y, (0, 2, 1)).reshape(x.shape))
 
     def _tokens(self, x: Tensor) -> Tensor:
-        return transpose(x.reshape((x.shape[0], x.shape[1], -1)), (0, 2, 1))  # (B, H W, C)
+        return self.transpose(x.reshape((x.shape[0], x.shape[1], -1)), (0, 2, 1))  # (B, H W, C)
 
 
 class _Middle(nn.Cell):

@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.device import on_ascend
-from ldm.modules.operators import BiasAdd, pad, transpose
+from ldm.modules.operators import BiasAdd, Transpose, pad
 
 # Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
 # would need 1.2 GB at once.
@@ -62,6 +62,7 @@ class Conv2d(nn.Cell):
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
         self.bias_add = BiasAdd()
         self.matmul, self.batch_matmul = ops.MatMul(), ops.BatchMatMul()
+        self.transpose = Transpose()
         self.matmul_transposed = ops.MatMul(transpose_b=True)
         self.transforms = {side: tuple(Tensor(np.kron(matrix, matrix).astype(np.float32))
                                        for matrix in tile_transforms(side)) for side in TILE_POINTS}
@@ -110,12 +111,12 @@ class Conv2d(nn.Cell):
             block = x if here == height else ops.narrow(x, 2, first, here + 2)
             tiles = ops.unfold(block, side + 2, padding=padding, stride=side)
             positions = here // side * across
-            tiles = transpose(tiles.reshape((batch, self.in_channels, count, positions)), (2, 1, 0, 3))
+            tiles = self.transpose(tiles.reshape((batch, self.in_channels, count, positions)), (2, 1, 0, 3))
             tiles = self.matmul(from_picture, tiles.reshape((count, self.in_channels * batch * positions)))
             y = self.batch_matmul(weight, tiles.reshape((count, self.in_channels, batch * positions)))
             y = self.matmul(to_output, y.reshape((count, self.out_channels * batch * positions)))
             y = y.reshape((side, side, self.out_channels, batch, here // side, across))
-            y = transpose(y, (3, 2, 4, 0, 5, 1))
+            y = self.transpose(y, (3, 2, 4, 0, 5, 1))
             blocks.append(y.reshape((batch, self.out_channels, here, width)))
         return blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2)
 
@@ -131,9 +132,9 @@ class Conv2d(nn.Cell):
         if inside == 0:
             x = pad(x, self.padding)
         if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
-            columns = transpose(self._columns(x, inside), (1, 0, 2)).reshape((self.depth, batch * out_h * out_w))
+            columns = self.transpose(self._columns(x, inside), (1, 0, 2)).reshape((self.depth, batch * out_h * out_w))
             y = self.matmul(weight, columns).reshape((self.out_channels, batch, out_h, out_w))
-            return transpose(y, (1, 0, 2, 3))
+            return self.transpose(y, (1, 0, 2, 3))
         pictures = []
         for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
             blocks = []

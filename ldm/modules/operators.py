@@ -7,6 +7,8 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from ldm.device import on_ascend
+
 # From so many elements on a compiled transposition is faster than a view that the next operator has to copy.
 LARGE = 1 << 18
 
@@ -62,9 +64,15 @@ class WeightedValues(nn.Cell):
         return self.values(dscores, k), self.transposed(dscores, q), dv
 
 
-def transpose(x: Tensor, axes: tuple) -> Tensor:
-    """The axes of x in another order. In PyNative that is a view, which is then copied seven times as slowly."""
-    return _compiled_transpose(x, axes) if x.size >= LARGE else ops.transpose(x, axes)
+class Transpose(nn.Cell):
+    """Axes in another order. In PyNative that is a view, which the CPU copies seven times as slowly as a graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.as_view = on_ascend()
+
+    def construct(self, x: Tensor, axes: tuple) -> Tensor:
+        return _compiled_transpose(x, axes) if x.size >= LARGE and not self.as_view else ops.transpose(x, axes)
 
 
 @ms.jit
