@@ -91,7 +91,7 @@ class Conv2d(nn.Cell):
         over the channels alone. That makes 36 products for 16 outputs, or 16 for 4, in place of 9 for each.
 
         Source:
-            arXiv 1509.09308, section 4, eq. 8 and algorithm 1.
+            arXiv 1509.09308 (Lavin and Gray), section 4: F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) as products of matrices.
         """
         batch, _, height, width = x.shape
         from_picture, from_weight, to_output = self.transforms[side]
@@ -166,7 +166,7 @@ def tile_transforms(side: int) -> tuple:
         (m + 2, m + 2), (m + 2, 3) and (m, m + 2).
 
     Source:
-        arXiv 1803.10986, algorithm 1 (Toom and Cook); names as in arXiv 1509.09308, eq. 5.
+        Toom and Cook's construction as arXiv 1803.10986 has it; names as in arXiv 1509.09308.
     """
     points = np.array(TILE_POINTS[side], float)
     others = [np.delete(points, j) for j in range(side + 1)]

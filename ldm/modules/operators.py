@@ -38,7 +38,7 @@ class WeightedValues(nn.Cell):
     """softmax(q k^T) v, the softmax in float32.
 
     The gradient of the softmax needs, for every query, the sum of its weights times their gradients; that is the sum
-    of the output times its gradient (arXiv 2205.14135, appendix B.2, eq. 4), over fewer numbers, and is subtracted
+    of the output times its gradient (arXiv 2205.14135, appendix B.2), over fewer numbers, and is subtracted
     within the product that makes the weights' gradients: [dy, -sum] [v, 1]^T.
     """
 

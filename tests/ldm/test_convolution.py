@@ -35,7 +35,7 @@ def test_convolution(monkeypatch, columns, kernel, stride, padding, size):
 
 @pytest.mark.parametrize("side", TILE_POINTS)
 def test_tiles_of_one_dimension(side):
-    """A^T [(G g) (B^T d)] is the correlation of d with g (arXiv 1509.09308, eq. 5), and every number exact."""
+    """A^T [(G g) (B^T d)] is the correlation of d with g (arXiv 1509.09308), and every number exact."""
     of_input, of_weight, of_output = tile_transforms(side)
     d, g = np.random.default_rng(0).standard_normal(side + 2), np.array([0.3, -1.2, 0.7])
     np.testing.assert_allclose(of_output @ ((of_weight @ g) * (of_input @ d)), np.correlate(d, g, "valid"))
