@@ -12,7 +12,7 @@ from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
-from ldm.modules.operators import Transpose, WeightedValues
+from ldm.modules.operators import Compiled, WeightedValues, in_turn
 
 # Largest score matrix held at a time where there is no fused operator, in elements (64 MiB of float32).
 SCORE_ELEMENTS = 1 << 24
@@ -34,10 +34,7 @@ class Attention(nn.Cell):
         super().__init__()
         self.num_heads = num_heads
         self.fused = on_ascend()
-        self.scores = ops.BatchMatMul(transpose_b=True)
-        self.values = ops.BatchMatMul()
-        self.softmax = ops.Softmax(-1)
-        self.weighted_values, self.transpose = WeightedValues(), Transpose()
+        self.by_portions = Compiled(attend_by_portions)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
         """Attend.
@@ -51,46 +48,54 @@ class Attention(nn.Cell):
         Returns:
             (B, N, h * d), dtype of q.
         """
-        batch, queries, width = q.shape
-        tokens, size = k.shape[1], width // self.num_heads
-        q = q * (1.0 / math.sqrt(size))
+        size = q.shape[-1] // self.num_heads
         if self.fused and mask is None and q.dtype == mstype.float16 and size <= FUSED_HEAD_SIZE:
-            return fused_attention(q, k, v, self.num_heads)
-        q, k, v = self._by_head(q, size), self._by_head(k, size), self._by_head(v, size)  # (B h, N or T, d)
-        y = self._portions(q, k, v, mask, batch * self.num_heads, queries, tokens)
-        y = self.transpose(y.reshape((batch, self.num_heads, queries, size)), (0, 2, 1, 3))
-        return y.reshape((batch, queries, width))
+            return fused_attention(q * (1.0 / math.sqrt(size)), k, v, self.num_heads)
+        return self.by_portions(q, k, v, mask, self.num_heads)
 
-    def _by_head(self, x: Tensor, size: int) -> Tensor:
-        x = self.transpose(x.reshape((x.shape[0], x.shape[1], self.num_heads, size)), (0, 2, 1, 3))
-        return x.reshape((-1, x.shape[2], size))
 
-    def _portions(self, q: Tensor, k: Tensor, v: Tensor, mask, groups: int, queries: int, tokens: int) -> Tensor:
-        """The product over all `groups` = B h, in portions of at most SCORE_ELEMENTS scores."""
-        together = max(1, SCORE_ELEMENTS // (queries * tokens))
-        if together >= groups and queries * tokens <= SCORE_ELEMENTS:
-            return self._product(q, k, v, mask)
+def attend_by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) -> Tensor:
+    """What `Attention` gives, from at most SCORE_ELEMENTS scores at a time."""
+    batch, queries, width = q.shape
+    size, groups, tokens = width // num_heads, batch * num_heads, k.shape[1]
+    q, k, v = _by_head(q * (1.0 / math.sqrt(size)), size), _by_head(k, size), _by_head(v, size)  # (B h, N or T, d)
+    together = max(1, SCORE_ELEMENTS // (queries * tokens))
+    if together >= groups and queries * tokens <= SCORE_ELEMENTS:
+        y = _product(q, k, v, mask)
+    else:
         while groups % together:
             together -= 1
         rows, parts = max(1, SCORE_ELEMENTS // tokens), []
         for a, b, c in zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0)):
-            parts.append(self._product(a, b, c, mask) if rows >= queries else self._by_queries(a, b, c, mask, rows))
-        return ops.concat(parts, 0)
+            a = in_turn(a, parts)
+            parts.append(_product(a, b, c, mask) if rows >= queries else _by_queries(a, b, c, mask, rows))
+        y = ops.concat(parts, 0)
+    return ops.transpose(y.reshape((batch, num_heads, queries, size)), (0, 2, 1, 3)).reshape((batch, queries, width))
 
-    def _by_queries(self, q: Tensor, k: Tensor, v: Tensor, mask, rows: int) -> Tensor:
-        """The product of one head with many queries, `rows` of them at a time."""
-        parts, queries = [], q.shape[1]
-        for first in range(0, queries, rows):
-            count = min(rows, queries - first)
-            masked = None if mask is None else ops.narrow(mask, 0, first, count)
-            parts.append(self._product(ops.narrow(q, 1, first, count), k, v, masked))
-        return ops.concat(parts, 1)
 
-    def _product(self, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-        if mask is None:
-            return self.weighted_values(q, k, v)[0]
-        scores = self.scores(q, k).astype(mstype.float32) + mask
-        return self.values(self.softmax(scores).astype(v.dtype), v)
+def _by_head(x: Tensor, size: int) -> Tensor:
+    batch, count, width = x.shape
+    return ops.transpose(x.reshape((batch, count, width // size, size)), (0, 2, 1, 3)).reshape((-1, count, size))
+
+
+def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask, rows: int) -> Tensor:
+    """The product of one head with many queries, `rows` of them at a time."""
+    parts, queries = [], q.shape[1]
+    for first in range(0, queries, rows):
+        count = min(rows, queries - first)
+        masked = None if mask is None else ops.narrow(mask, 0, first, count)
+        parts.append(_product(in_turn(ops.narrow(q, 1, first, count), parts), k, v, masked))
+    return ops.concat(parts, 1)
+
+
+def _product(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+    if mask is None:
+        return _weighted_values(q, k, v)[0]
+    scores = ops.BatchMatMul(transpose_b=True)(q, k).astype(mstype.float32) + mask
+    return ops.BatchMatMul()(ops.softmax(scores, -1).astype(v.dtype), v)
+
+
+_weighted_values = WeightedValues()
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -195,7 +200,7 @@ class SpatialTransformer(nn.Cell):
         self.proj_in = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
         self.transformer_blocks = nn.CellList(
             [BasicTransformerBlock(channels, num_heads, context_dim, dtype) for _ in range(depth)])
-        self.transpose = Transpose()
+        self.transpose = Compiled(ops.transpose)
         self.proj_out = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from ldm.modules.attention import Attention
 from ldm.modules.convolution import Conv2d
 from ldm.modules.layers import GroupNorm, Upsample, normed_conv
-from ldm.modules.operators import Transpose
+from ldm.modules.operators import Compiled
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AttnBlock(nn.Cell):
         self.k = Conv2d(channels, channels, 1, dtype=dtype)
         self.v = Conv2d(channels, channels, 1, dtype=dtype)
         self.proj_out = Conv2d(channels, channels, 1, dtype=dtype)
-        self.attend, self.transpose = Attention(1), Transpose()
+        self.attend, self.transpose = Attention(1), Compiled(ops.transpose)
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.norm(x)

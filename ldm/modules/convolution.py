@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.device import on_ascend
-from ldm.modules.operators import BiasAdd, Transpose, pad
+from ldm.modules.operators import BiasAdd, Compiled, in_turn, pad
 
 # Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
 # would need 1.2 GB at once.
@@ -23,8 +23,9 @@ TILE_POINTS = {4: (0, 0.75, -0.75, 1.5, -1.5), 2: (0, 1, -1)}
 # With fewer output positions than this, transforming the weight costs more than the tiles save; with fewer channels,
 # transforming the picture does.
 TILED_POSITIONS, TILED_CHANNELS = 450, 16
-# Largest array of transformed tiles at a time, in elements.
-TILE_ELEMENTS = 1 << 24
+# Largest array of transformed tiles at a time, and of transformed weights, in elements: those of 2560 x 1280 channels
+# together would be 0.5 GB.
+TILE_ELEMENTS, WEIGHT_ELEMENTS = 1 << 24, 1 << 25
 
 
 class Conv2d(nn.Cell):
@@ -61,9 +62,7 @@ class Conv2d(nn.Cell):
                       and in_channels >= TILED_CHANNELS)
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
         self.bias_add = BiasAdd()
-        self.matmul, self.batch_matmul = ops.MatMul(), ops.BatchMatMul()
-        self.transpose = Transpose()
-        self.matmul_transposed = ops.MatMul(transpose_b=True)
+        self.by_tiles, self.by_columns = Compiled(convolve_by_tiles), Compiled(convolve_by_columns)
         self.transforms = {side: tuple(Tensor(np.kron(matrix, matrix).astype(np.float32))
                                        for matrix in tile_transforms(side)) for side in TILE_POINTS}
 
@@ -71,8 +70,11 @@ class Conv2d(nn.Cell):
         if self.native:
             y = self.conv(x, self.weight)
         else:
+            # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
+            weight = ops.depend(self.weight, x).reshape((self.out_channels, self.depth))
             side = self.tile_side(x.shape)
-            y = self.by_tiles(x, side) if side else self.by_columns(x)
+            y = (self.by_tiles(x, weight, *self.transforms[side]) if side else
+                 self.by_columns(x, weight, self.kernel_size, self.stride, self.padding))
         return self.bias_add(y, self.bias) if self.has_bias else y
 
     def tile_side(self, shape: tuple) -> int:
@@ -84,73 +86,106 @@ class Conv2d(nn.Cell):
                     return side
         return 0
 
-    def by_tiles(self, x: Tensor, side: int) -> Tensor:
-        """A 3x3 convolution as products of transformed tiles.
 
-        A tile of `side` x `side` outputs follows from (side + 2)^2 inputs; transformed, each of these is multiplied
-        over the channels alone. That makes 36 products for 16 outputs, or 16 for 4, in place of 9 for each.
+def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Tensor, to_output: Tensor) -> Tensor:
+    """A 3x3 convolution as products of transformed tiles.
 
-        Source:
-            arXiv 1509.09308 (Lavin and Gray), section 4: F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) as products of matrices.
-        """
-        batch, _, height, width = x.shape
-        from_picture, from_weight, to_output = self.transforms[side]
-        count = (side + 2) ** 2
-        # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
-        weight = ops.depend(self.weight, x).reshape((self.out_channels * self.in_channels, 9))
-        weight = self.matmul_transposed(from_weight, weight).reshape((count, self.out_channels, self.in_channels))
-        across = width // side
-        row = count * max(self.in_channels, self.out_channels) * batch * across
-        rows = side * min(height // side, max(1, TILE_ELEMENTS // row))
-        padding = 1
-        if rows < height:
-            x, padding = pad(x, (1, 1, 0, 0)), (0, 1)
-        blocks = []
-        for first in range(0, height, rows):
-            here = min(rows, height - first)
-            block = x if here == height else ops.narrow(x, 2, first, here + 2)
-            tiles = ops.unfold(block, side + 2, padding=padding, stride=side)
-            positions = here // side * across
-            tiles = self.transpose(tiles.reshape((batch, self.in_channels, count, positions)), (2, 1, 0, 3))
-            tiles = self.matmul(from_picture, tiles.reshape((count, self.in_channels * batch * positions)))
-            y = self.batch_matmul(weight, tiles.reshape((count, self.in_channels, batch * positions)))
-            y = self.matmul(to_output, y.reshape((count, self.out_channels * batch * positions)))
-            y = y.reshape((side, side, self.out_channels, batch, here // side, across))
-            y = self.transpose(y, (3, 2, 4, 0, 5, 1))
-            blocks.append(y.reshape((batch, self.out_channels, here, width)))
-        return blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2)
+    A tile of m x m outputs follows from (m + 2)^2 inputs; transformed, each of these is multiplied over the channels
+    alone. That makes 36 products for 16 outputs, or 16 for 4, in place of 9 for each.
 
-    def by_columns(self, x: Tensor) -> Tensor:
-        """The picture unfolded into columns of what each output sees, times the weight."""
-        batch, _, height, width = x.shape
-        top, bottom, left, right = self.padding
-        k, s = self.kernel_size, self.stride
-        out_h, out_w = (height + top + bottom - k) // s + 1, (width + left + right - k) // s + 1
-        weight = self.weight.reshape((self.out_channels, self.depth))
-        rows = max(1, COLUMN_ELEMENTS // (self.depth * out_w))
-        inside = top if top == bottom == left == right and rows >= out_h else 0
-        if inside == 0:
-            x = pad(x, self.padding)
-        if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
-            columns = self.transpose(self._columns(x, inside), (1, 0, 2)).reshape((self.depth, batch * out_h * out_w))
-            y = self.matmul(weight, columns).reshape((self.out_channels, batch, out_h, out_w))
-            return self.transpose(y, (1, 0, 2, 3))
-        pictures = []
-        for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
-            blocks = []
-            for first in range(0, out_h, rows):
-                here = min(rows, out_h - first)
-                block = picture if here == out_h else ops.narrow(picture, 2, first * s, (here - 1) * s + k)
-                y = self.matmul(weight, self._columns(block, inside).reshape((self.depth, here * out_w)))
-                blocks.append(y.reshape((1, self.out_channels, here, out_w)))
-            pictures.append(blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2))
-        return pictures[0] if len(pictures) == 1 else ops.concat(pictures, 0)
+    Args:
+        x: (B, C, H, W), H and W multiples of m; one row and column of zeros are put around it.
+        weight: (C', 9 C).
+        of_input: ((m + 2)^2, (m + 2)^2) transform of both dimensions, as the others.
+        of_weight: ((m + 2)^2, 9).
+        to_output: (m^2, (m + 2)^2).
 
-    def _columns(self, x: Tensor, padding: int) -> Tensor:
-        """(B, C, H, W) -> (B, depth, positions)."""
-        if self.kernel_size == 1 and self.stride == 1:
-            return x.reshape((x.shape[0], self.depth, x.shape[2] * x.shape[3]))
-        return ops.unfold(x, self.kernel_size, padding=padding, stride=self.stride)
+    Returns:
+        (B, C', H, W).
+
+    Source:
+        arXiv 1509.09308 (Lavin and Gray), section 4: F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) as products of matrices.
+    """
+    batch, channels, height, width = x.shape
+    out_channels, count, side = weight.shape[0], of_input.shape[0], 4 if to_output.shape[0] == 16 else 2
+    across = width // side
+    row = count * max(channels, out_channels) * batch * across
+    rows = side * min(height // side, max(1, TILE_ELEMENTS // row))
+    padding = 1
+    if rows < height:
+        x, padding = pad(x, (1, 1, 0, 0)), (0, 1)
+    blocks = []
+    for first in range(0, height, rows):
+        here = min(rows, height - first)
+        block = x if here == height else in_turn(ops.narrow(x, 2, first, here + 2), blocks)
+        tiles = ops.unfold(block, side + 2, padding=padding, stride=side)
+        positions = here // side * across
+        tiles = ops.transpose(tiles.reshape((batch, channels, count, positions)), (2, 1, 0, 3))
+        tiles = ops.MatMul()(of_input, tiles.reshape((count, channels * batch * positions)))
+        y = _tile_products(tiles.reshape((count, channels, batch * positions)), weight, of_weight, to_output)
+        y = y.reshape((side, side, out_channels, batch, here // side, across))
+        y = ops.transpose(y, (3, 2, 4, 0, 5, 1))
+        blocks.append(y.reshape((batch, out_channels, here, width)))
+    return blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2)
+
+
+def _tile_products(tiles: Tensor, weight: Tensor, of_weight: Tensor, to_output: Tensor) -> Tensor:
+    """((side + 2)^2, C, N) transformed tiles times (C', 9 C) weights -> (side^2, C', N) tiles of the output."""
+    count, channels, positions = tiles.shape
+    together, parts = max(1, WEIGHT_ELEMENTS // (count * channels)), []
+    for first in range(0, weight.shape[0], together):
+        here = min(together, weight.shape[0] - first)
+        part = weight if here == weight.shape[0] else in_turn(ops.narrow(weight, 0, first, here), parts)
+        part = ops.MatMul(transpose_b=True)(of_weight, part.reshape((here * channels, 9)))
+        y = ops.BatchMatMul()(part.reshape((count, here, channels)), tiles)
+        y = ops.MatMul()(to_output, y.reshape((count, here * positions)))
+        parts.append(y.reshape((to_output.shape[0], here, positions)))
+    return parts[0] if len(parts) == 1 else ops.concat(parts, 1)
+
+
+def convolve_by_columns(x: Tensor, weight: Tensor, kernel_size: int, stride: int, padding: tuple) -> Tensor:
+    """The picture unfolded into columns of what each output sees, times the weight.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C', k k C).
+        kernel_size: k.
+        stride: step between outputs.
+        padding: (top, bottom, left, right).
+
+    Returns:
+        (B, C', H', W').
+    """
+    batch, _, height, width = x.shape
+    out_channels, depth = weight.shape
+    top, bottom, left, right = padding
+    k, s = kernel_size, stride
+    out_h, out_w = (height + top + bottom - k) // s + 1, (width + left + right - k) // s + 1
+    rows = max(1, COLUMN_ELEMENTS // (depth * out_w))
+    inside = top if top == bottom == left == right and rows >= out_h else 0
+    if inside == 0:
+        x = pad(x, padding)
+    if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
+        columns = ops.transpose(_columns(x, k, s, inside), (1, 0, 2)).reshape((depth, batch * out_h * out_w))
+        y = ops.MatMul()(weight, columns).reshape((out_channels, batch, out_h, out_w))
+        return ops.transpose(y, (1, 0, 2, 3))
+    pictures = []
+    for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
+        picture, blocks = in_turn(picture, pictures), []
+        for first in range(0, out_h, rows):
+            here = min(rows, out_h - first)
+            block = picture if here == out_h else in_turn(ops.narrow(picture, 2, first * s, (here - 1) * s + k), blocks)
+            y = ops.MatMul()(weight, _columns(block, k, s, inside).reshape((depth, here * out_w)))
+            blocks.append(y.reshape((1, out_channels, here, out_w)))
+        pictures.append(blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2))
+    return pictures[0] if len(pictures) == 1 else ops.concat(pictures, 0)
+
+
+def _columns(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """(B, C, H, W) -> (B, k k C, positions)."""
+    if kernel_size == 1 and stride == 1:
+        return x.reshape((x.shape[0], x.shape[1], x.shape[2] * x.shape[3]))
+    return ops.unfold(x, kernel_size, padding=padding, stride=stride)
 
 
 def tile_transforms(side: int) -> tuple:

@@ -3,13 +3,16 @@ same. In gradients the CPU's sums over an axis take ten times as long as a produ
 """
 from __future__ import annotations
 
+import functools
+from typing import Callable
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 
-# From so many elements on a compiled transposition is faster than a view that the next operator has to copy.
+# From so many elements on a graph is worth the time to compile it.
 LARGE = 1 << 18
 
 
@@ -64,20 +67,36 @@ class WeightedValues(nn.Cell):
         return self.values(dscores, k), self.transposed(dscores, q), dv
 
 
-class Transpose(nn.Cell):
-    """Axes in another order. In PyNative that is a view, which the CPU copies seven times as slowly as a graph does."""
+class Compiled(nn.Cell):
+    """A function of tensors, and of numbers that go into its graph; on large tensors it runs as a graph on the CPU.
 
-    def __init__(self):
+    In PyNative the calling thread waits for those that compute by polling, one thread more than there are cores: two
+    cores then give 1.4 times what one gives, in a graph twice. Views are copied seven times as slowly, too. Small
+    tensors are not worth the time to compile, nor is anything on Ascend, where a graph for each shape costs more.
+
+    Args:
+        function: defined in a module. Layers of equal shapes share its graph, so it is given weights as tensors, not
+            as Parameters: for each of those it would be compiled anew.
+    """
+
+    def __init__(self, function: Callable):
         super().__init__()
-        self.as_view = on_ascend()
+        self.function, self.graph, self.plain = function, _graph_of(function), on_ascend()
 
-    def construct(self, x: Tensor, axes: tuple) -> Tensor:
-        return _compiled_transpose(x, axes) if x.size >= LARGE and not self.as_view else ops.transpose(x, axes)
+    def construct(self, x: Tensor, *more):
+        if self.plain or x.size < LARGE:
+            return self.function(x, *more)
+        return self.graph(x, *more)
 
 
-@ms.jit
-def _compiled_transpose(x: Tensor, axes: tuple) -> Tensor:
-    return ops.transpose(x, axes)
+@functools.lru_cache(None)
+def _graph_of(function: Callable) -> Callable:
+    return ms.jit(function)
+
+
+def in_turn(x: Tensor, results: list) -> Tensor:
+    """x, for what is to begin when the last of `results` is there: a graph would make all portions side by side."""
+    return ops.depend(x, results[-1]) if results else x
 
 
 def pad(x: Tensor, padding: tuple) -> Tensor:

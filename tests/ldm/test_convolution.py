@@ -7,6 +7,7 @@ import pytest
 from mindspore import Tensor
 
 import ldm.modules.convolution as convolution
+import ldm.modules.operators as operators
 from ldm.modules.convolution import TILE_POINTS, Conv2d, tile_transforms
 from tests.conftest import fill, normal
 
@@ -43,10 +44,12 @@ def test_tiles_of_one_dimension(side):
         np.testing.assert_array_equal(np.kron(matrix, matrix).astype(np.float32), np.kron(matrix, matrix))
 
 
-@pytest.mark.parametrize("elements", [1 << 24, 500])  # in one piece, and in row blocks
+@pytest.mark.parametrize("tiles, weights", [(1 << 24, 1 << 25), (500, 1 << 25), (1 << 24, 3000)],
+                         ids=["whole", "row blocks", "channel blocks"])
 @pytest.mark.parametrize("size, side", [((28, 32), 4), ((30, 28), 2), ((31, 28), 0), ((8, 8), 0)])
-def test_tiles_are_as_good_as_columns(monkeypatch, elements, size, side):
-    monkeypatch.setattr(convolution, "TILE_ELEMENTS", elements)
+def test_tiles_are_as_good_as_columns(monkeypatch, tiles, weights, size, side):
+    monkeypatch.setattr(convolution, "TILE_ELEMENTS", tiles)
+    monkeypatch.setattr(convolution, "WEIGHT_ELEMENTS", weights)
     conv = Conv2d(40, 7, 3, padding=1)
     fill(conv)
     x = normal(3, 40, *size)
@@ -63,8 +66,10 @@ def test_tiles_are_for_float32_with_many_channels_and_padding_1():
         assert not conv.tile_side((2, 16, 64, 64))
 
 
+@pytest.mark.parametrize("large", [1 << 18, 1])  # operator by operator, and as a graph
 @pytest.mark.parametrize("size, side", [((6, 5), 0), ((16, 16), 4), ((18, 14), 2)])
-def test_gradient_of_the_convolution(size, side):
+def test_gradient_of_the_convolution(monkeypatch, large, size, side):
+    monkeypatch.setattr(operators, "LARGE", large)
     conv = Conv2d(16, 6, 3, padding=1)
     fill(conv)
     x, dy = Tensor(normal(2, 16, *size)), Tensor(normal(2, 6, *size))
@@ -80,6 +85,18 @@ def test_gradient_of_the_convolution(size, side):
     expected, ours = (ms.grad(loss, 0, weights)(x) for loss in (native, own))
     for a, b in ((ours[0], expected[0]), (ours[1][0], expected[1][0])):
         np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), rtol=1e-4, atol=2e-6 * np.abs(b.asnumpy()).max() + 1e-4)
+
+
+@pytest.mark.parametrize("size", [(6, 5), (16, 16)])
+def test_layers_of_one_shape_share_a_graph_but_not_a_weight(monkeypatch, size):
+    monkeypatch.setattr(operators, "LARGE", 1)
+    x, first, second = normal(2, 16, *size), Conv2d(16, 6, 3, padding=1), Conv2d(16, 6, 3, padding=1)
+    fill(first)
+    first(Tensor(x))
+    for conv in (second, first):  # and a weight may change once its graph is there
+        fill(conv)
+        expected = convolve(x, conv.weight.asnumpy(), conv.bias.asnumpy(), 1, conv.padding)
+        np.testing.assert_allclose(conv(Tensor(x)).asnumpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(6, 5), (16, 16)])

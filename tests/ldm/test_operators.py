@@ -7,7 +7,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 import ldm.modules.operators as operators
-from ldm.modules.operators import BiasAdd, Transpose, WeightedValues, pad
+from ldm.modules.operators import BiasAdd, Compiled, WeightedValues, pad
 from tests.conftest import normal
 
 
@@ -35,7 +35,7 @@ class Turned(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.transpose = Transpose()
+        self.transpose = Compiled(ops.transpose)
 
     def construct(self, x):
         return self.transpose(x, (3, 1, 0, 2))
