@@ -49,16 +49,17 @@ class Attention(nn.Cell):
             (B, N, h * d), dtype of q.
         """
         size = q.shape[-1] // self.num_heads
+        q = q * (1.0 / math.sqrt(size))
         if self.fused and mask is None and q.dtype == mstype.float16 and size <= FUSED_HEAD_SIZE:
-            return fused_attention(q * (1.0 / math.sqrt(size)), k, v, self.num_heads)
+            return fused_attention(q, k, v, self.num_heads)
         return self.by_portions(q, k, v, mask, self.num_heads)
 
 
 def attend_by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) -> Tensor:
-    """What `Attention` gives, from at most SCORE_ELEMENTS scores at a time."""
+    """What `Attention` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time."""
     batch, queries, width = q.shape
     size, groups, tokens = width // num_heads, batch * num_heads, k.shape[1]
-    q, k, v = _by_head(q * (1.0 / math.sqrt(size)), size), _by_head(k, size), _by_head(v, size)  # (B h, N or T, d)
+    q, k, v = _by_head(q, size), _by_head(k, size), _by_head(v, size)  # (B h, N or T, d)
     together = max(1, SCORE_ELEMENTS // (queries * tokens))
     if together >= groups and queries * tokens <= SCORE_ELEMENTS:
         y = _product(q, k, v, mask)

@@ -73,7 +73,7 @@ class Conv2d(nn.Cell):
             # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
             weight = ops.depend(self.weight, x).reshape((self.out_channels, self.depth))
             side = self.tile_side(x.shape)
-            y = (self.by_tiles(x, weight, *self.transforms[side]) if side else
+            y = (self.by_tiles(x, weight, *self.transforms[side], side) if side else
                  self.by_columns(x, weight, self.kernel_size, self.stride, self.padding))
         return self.bias_add(y, self.bias) if self.has_bias else y
 
@@ -87,7 +87,8 @@ class Conv2d(nn.Cell):
         return 0
 
 
-def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Tensor, to_output: Tensor) -> Tensor:
+def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Tensor, to_output: Tensor,
+                      side: int) -> Tensor:
     """A 3x3 convolution as products of transformed tiles.
 
     A tile of m x m outputs follows from (m + 2)^2 inputs; transformed, each of these is multiplied over the channels
@@ -99,6 +100,7 @@ def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Te
         of_input: ((m + 2)^2, (m + 2)^2) transform of both dimensions, as the others.
         of_weight: ((m + 2)^2, 9).
         to_output: (m^2, (m + 2)^2).
+        side: m.
 
     Returns:
         (B, C', H, W).
@@ -107,8 +109,7 @@ def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Te
         arXiv 1509.09308 (Lavin and Gray), section 4: F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) as products of matrices.
     """
     batch, channels, height, width = x.shape
-    out_channels, count, side = weight.shape[0], of_input.shape[0], 4 if to_output.shape[0] == 16 else 2
-    across = width // side
+    out_channels, count, across = weight.shape[0], of_input.shape[0], width // side
     row = count * max(channels, out_channels) * batch * across
     rows = side * min(height // side, max(1, TILE_ELEMENTS // row))
     padding = 1

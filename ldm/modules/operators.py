@@ -70,9 +70,10 @@ class WeightedValues(nn.Cell):
 class Compiled(nn.Cell):
     """A function of tensors, and of numbers that go into its graph; on large tensors it runs as a graph on the CPU.
 
-    In PyNative the calling thread waits for those that compute by polling, one thread more than there are cores: two
-    cores then give 1.4 times what one gives, in a graph twice. Views are copied seven times as slowly, too. Small
-    tensors are not worth the time to compile, nor is anything on Ascend, where a graph for each shape costs more.
+    In PyNative the calling thread waits for those that compute by polling, one thread more than there are cores; a
+    graph takes a third less processor time (on idle cores the time of a step is the same). Views are copied seven times
+    as slowly, too. Small tensors are not worth the time to compile, nor is anything on Ascend, where a graph for each
+    shape costs more.
 
     Args:
         function: defined in a module. Layers of equal shapes share its graph, so it is given weights as tensors, not
