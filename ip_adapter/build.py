@@ -85,6 +85,12 @@ class ImagePromptModel:
         self.load_rest()
         self.load_rest = None
 
+    def release_denoiser(self) -> None:
+        """Give the memory of UNet and ControlNets back; latents can be decoded after this, and no more made."""
+        self.diffusion.unet = self.diffusion.guided = None
+        self.diffusion.controlnets = []
+        gc.collect()
+
     def controls(self, hints: list[Hint], timesteps: np.ndarray) -> list[Control]:
         """Hints, one for each ControlNet, as the denoiser takes them: once a run is enough.
 

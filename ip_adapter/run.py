@@ -117,7 +117,7 @@ class Run:
         """Make and write all pictures of the run, then report; what does not change in a run is computed once.
 
         Args:
-            model: patched, with a ControlNet for each hint.
+            model: patched, with a ControlNet for each hint; its UNet is gone after this.
             inputs: what it is given.
             timesteps: those of the sampler.
             sample: (denoise, batch) -> iterator over the latents after each step: what the task is made of.
@@ -126,10 +126,13 @@ class Run:
         model.set_ip_scale(self.args.ip_scale)
         controls = model.controls(inputs.hints, timesteps)
         self._save_hints(inputs.hints)
-        for batch in self.batches():
+        batches = list(self.batches())
+        for batch in batches:
             cond, uncond = (side.repeated(len(batch.seeds)) for side in batch.sides)
             denoise = model.diffusion.denoiser(cond, uncond, self.args.scale, controls, shortcuts(self.args, timesteps))
             latents = self.sample(sample(denoise, batch), len(timesteps))
+            if batch is batches[-1]:  # what it needed in memory is for the autoencoder now
+                model.release_denoiser()
             self.save(finish(model.diffusion.decode(latents)), batch, inputs.shown())
         self.report()
 

@@ -1,16 +1,19 @@
 """image_variation_sdxl.py and controlnet_sdxl.py end to end on small stand-ins, their files and their mistakes."""
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import controlnet_sdxl
 from image_variation_sdxl import main
-from ip_adapter.build import ExtraParts, build_model
+from ip_adapter.build import ExtraParts, ImagePromptModel, build_model
 from ip_adapter.config import ROOT, InferenceConfig, load_config
 from ip_adapter.families import SDXL
 from ip_adapter.merge import convert, merge
+from ldm.model import LatentDiffusion
 from tests.conftest import DATA, arrays, assert_mistakes, narrow_xl, pictures, psnr
 from tools import merge_ckpts_sdxl
 
@@ -114,6 +117,27 @@ def test_parts_are_read_when_they_are_needed(merged_xl):
                      (staged.diffusion.unet, staged.diffusion.vae, staged.diffusion.controlnets[0])):
         for (path, a), (_, b) in zip(*(cell.parameters_and_names() for cell in cells)):
             np.testing.assert_array_equal(a.asnumpy(), b.asnumpy(), err_msg=path)
+
+
+def test_unet_is_gone_when_the_last_picture_is_decoded(words, tmp_path, outcome, monkeypatch):
+    seen, unets = [], []
+    start, decode = ImagePromptModel.start_denoising, LatentDiffusion.decode
+
+    def started(model):
+        start(model)
+        unets.append(weakref.ref(model.diffusion.unet))
+
+    def decoded(diffusion, latents):
+        seen.append(unets[-1]() is None)
+        return decode(diffusion, latents)
+
+    monkeypatch.setattr(ImagePromptModel, "start_denoising", started)
+    monkeypatch.setattr(LatentDiffusion, "decode", decoded)
+    for mode in ("1", "0"):
+        status, said = outcome(main, *words, "--n_iter", "2", "--num_cols", "1", "--ms_mode", mode, "--output_path",
+                               tmp_path)
+        assert status == 0, said
+    assert seen == [False, True] * 2
 
 
 def test_the_tools(standins_xl, merged_xl, tmp_path, outcome):

@@ -6,6 +6,7 @@ autoencoder all call it.
 from __future__ import annotations
 
 import math
+from typing import Callable
 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
@@ -34,7 +35,7 @@ class Attention(nn.Cell):
         super().__init__()
         self.num_heads = num_heads
         self.fused = on_ascend()
-        self.by_portions = Compiled(attend_by_portions)
+        self.transpose = Compiled(ops.transpose)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
         """Attend.
@@ -52,14 +53,16 @@ class Attention(nn.Cell):
         q = q * (1.0 / math.sqrt(size))
         if self.fused and mask is None and q.dtype == mstype.float16 and size <= FUSED_HEAD_SIZE:
             return fused_attention(q, k, v, self.num_heads)
-        return self.by_portions(q, k, v, mask, self.num_heads)
+        return attend_by_portions(q, k, v, mask, self.num_heads, self.transpose)
 
 
-def attend_by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) -> Tensor:
-    """What `Attention` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time."""
+def attend_by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int, transpose: Callable) -> Tensor:
+    """What `Attention` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time; `transpose` is as
+    ops.transpose.
+    """
     batch, queries, width = q.shape
     size, groups, tokens = width // num_heads, batch * num_heads, k.shape[1]
-    q, k, v = _by_head(q, size), _by_head(k, size), _by_head(v, size)  # (B h, N or T, d)
+    q, k, v = [_by_head(x, size, transpose) for x in (q, k, v)]  # (B h, N or T, d)
     together = max(1, SCORE_ELEMENTS // (queries * tokens))
     if together >= groups and queries * tokens <= SCORE_ELEMENTS:
         y = _product(q, k, v, mask)
@@ -71,12 +74,12 @@ def attend_by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) ->
             a = in_turn(a, parts)
             parts.append(_product(a, b, c, mask) if rows >= queries else _by_queries(a, b, c, mask, rows))
         y = ops.concat(parts, 0)
-    return ops.transpose(y.reshape((batch, num_heads, queries, size)), (0, 2, 1, 3)).reshape((batch, queries, width))
+    return transpose(y.reshape((batch, num_heads, queries, size)), (0, 2, 1, 3)).reshape((batch, queries, width))
 
 
-def _by_head(x: Tensor, size: int) -> Tensor:
+def _by_head(x: Tensor, size: int, transpose: Callable) -> Tensor:
     batch, count, width = x.shape
-    return ops.transpose(x.reshape((batch, count, width // size, size)), (0, 2, 1, 3)).reshape((-1, count, size))
+    return transpose(x.reshape((batch, count, width // size, size)), (0, 2, 1, 3)).reshape((-1, count, size))
 
 
 def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask, rows: int) -> Tensor:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from typing import Callable
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -62,7 +63,7 @@ class Conv2d(nn.Cell):
                       and in_channels >= TILED_CHANNELS)
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
         self.bias_add = BiasAdd()
-        self.by_tiles, self.by_columns = Compiled(convolve_by_tiles), Compiled(convolve_by_columns)
+        self.transpose = Compiled(ops.transpose)
         self.transforms = {side: tuple(Tensor(np.kron(matrix, matrix).astype(np.float32))
                                        for matrix in tile_transforms(side)) for side in TILE_POINTS}
 
@@ -73,8 +74,8 @@ class Conv2d(nn.Cell):
             # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
             weight = ops.depend(self.weight, x).reshape((self.out_channels, self.depth))
             side = self.tile_side(x.shape)
-            y = (self.by_tiles(x, weight, *self.transforms[side], side) if side else
-                 self.by_columns(x, weight, self.kernel_size, self.stride, self.padding))
+            y = (convolve_by_tiles(x, weight, *self.transforms[side], side, self.transpose) if side else
+                 convolve_by_columns(x, weight, self.kernel_size, self.stride, self.padding))
         return self.bias_add(y, self.bias) if self.has_bias else y
 
     def tile_side(self, shape: tuple) -> int:
@@ -88,7 +89,7 @@ class Conv2d(nn.Cell):
 
 
 def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Tensor, to_output: Tensor,
-                      side: int) -> Tensor:
+                      side: int, transpose: Callable) -> Tensor:
     """A 3x3 convolution as products of transformed tiles.
 
     A tile of m x m outputs follows from (m + 2)^2 inputs; transformed, each of these is multiplied over the channels
@@ -101,6 +102,7 @@ def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Te
         of_weight: ((m + 2)^2, 9).
         to_output: (m^2, (m + 2)^2).
         side: m.
+        transpose: as ops.transpose.
 
     Returns:
         (B, C', H, W).
@@ -121,11 +123,11 @@ def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Te
         block = x if here == height else in_turn(ops.narrow(x, 2, first, here + 2), blocks)
         tiles = ops.unfold(block, side + 2, padding=padding, stride=side)
         positions = here // side * across
-        tiles = ops.transpose(tiles.reshape((batch, channels, count, positions)), (2, 1, 0, 3))
+        tiles = transpose(tiles.reshape((batch, channels, count, positions)), (2, 1, 0, 3))
         tiles = ops.MatMul()(of_input, tiles.reshape((count, channels * batch * positions)))
         y = _tile_products(tiles.reshape((count, channels, batch * positions)), weight, of_weight, to_output)
         y = y.reshape((side, side, out_channels, batch, here // side, across))
-        y = ops.transpose(y, (3, 2, 4, 0, 5, 1))
+        y = transpose(y, (3, 2, 4, 0, 5, 1))
         blocks.append(y.reshape((batch, out_channels, here, width)))
     return blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2)
 

@@ -8,8 +8,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
+from ldm.device import on_ascend
 from ldm.modules.convolution import Conv2d
-from ldm.modules.operators import BiasAdd
+from ldm.modules.operators import BiasAdd, Compiled, group_norm, layer_norm, spread
 
 # Of larger feature maps, in elements (256 MiB of float32), what lies between norm and convolution is made in row
 # blocks.
@@ -73,29 +74,35 @@ class GroupNorm(nn.Cell):
         self.groups, self.epsilon = groups, epsilon
         self.gamma = Parameter(initializer("ones", (channels,), mstype.float32))
         self.beta = _zeros((channels,), mstype.float32)
+        self.native, self.by_products = on_ascend(), Compiled(group_norm)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = ops.group_norm(x.astype(mstype.float32), self.groups, self.gamma, self.beta, self.epsilon)
+        y = x.astype(mstype.float32)
+        if self.native:
+            y = ops.group_norm(y, self.groups, self.gamma, self.beta, self.epsilon)
+        else:
+            y = self.by_products(y, self.gamma.reshape((1, -1)), self.beta.reshape((1, -1)), self.groups, self.epsilon)
         return y.astype(x.dtype)
 
     def affine(self, x: Tensor, rows: int) -> tuple:
-        """Gain and shift, (B, C, 1, 1) float32: x * gain + shift is what `construct` gives. Reads `rows` at a time."""
+        """Gain and shift, (B C, 1) float32: x * gain + shift is what `construct` gives. Reads `rows` at a time."""
         batch, channels, height, width = x.shape
         size = channels // self.groups * height * width
-        mean = self._total(x, rows, ops.zeros((batch, self.groups, 1), mstype.float32), False) / size
+        mean = self._total(x, rows, ops.zeros((batch * self.groups, 1), mstype.float32), False) / size
         deviation = ops.sqrt(self._total(x, rows, mean, True) / size + self.epsilon)
-        mean, deviation = (ops.repeat_elements(part, channels // self.groups, 1).reshape((batch, channels, 1, 1))
-                           for part in (mean, deviation))
-        gain = self.gamma.reshape((1, channels, 1, 1)) / deviation
-        return gain, self.beta.reshape((1, channels, 1, 1)) - mean * gain
+        mean, deviation = (ops.repeat_elements(part, channels // self.groups, 0) for part in (mean, deviation))
+        gamma, beta = (ops.tile(part.reshape((channels, 1)), (batch, 1)) for part in (self.gamma, self.beta))
+        gain = gamma / deviation
+        return gain, beta - mean * gain
 
     def _total(self, x: Tensor, rows: int, mean: Tensor, squared: bool) -> Tensor:
-        """(B, groups, 1): the sum over each group of x - mean, or of its square."""
+        """(B groups, 1): the sum over each group of x - mean, or of its square."""
         total = 0.0
         for first in range(0, x.shape[2], rows):
             block = ops.narrow(x, 2, first, min(rows, x.shape[2] - first)).astype(mstype.float32)
-            block = block.reshape((x.shape[0], self.groups, -1)) - mean
-            total = total + (ops.square(block) if squared else block).sum(-1, keepdims=True)
+            block = block.reshape((mean.shape[0], -1))
+            block = block - spread(mean, block.shape[1])
+            total = total + (block * block if squared else block).sum(-1, keepdims=True)
         return total
 
 
@@ -104,9 +111,16 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, channels: int, epsilon: float = 1e-5):
         super().__init__((channels,), epsilon=epsilon, dtype=mstype.float32)
+        self.native, self.by_products = on_ascend(), Compiled(layer_norm)
 
     def construct(self, x: Tensor) -> Tensor:
-        return super().construct(x.astype(mstype.float32)).astype(x.dtype)
+        y = x.astype(mstype.float32)
+        if self.native:
+            y = super().construct(y)
+        else:
+            y = self.by_products(y.reshape((-1, x.shape[-1])), self.gamma.reshape((1, -1)),
+                                 self.beta.reshape((1, -1)), self.epsilon).reshape(x.shape)
+        return y.astype(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -153,7 +167,10 @@ def normed_conv(norm: GroupNorm, conv: Conv2d, x: Tensor) -> Tensor:
     gain, shift = norm.affine(x, rows)
     blocks = []
     for first, count, low, end in row_blocks(x.shape[2], rows):
-        block = ops.narrow(x, 2, low, end - low).astype(mstype.float32) * gain + shift
+        block = ops.narrow(x, 2, low, end - low)
+        by_map = block.astype(mstype.float32).reshape((gain.shape[0], -1))
+        by_map = by_map * spread(gain, by_map.shape[1]) + spread(shift, by_map.shape[1])
+        block = by_map.reshape(block.shape)
         blocks.append(ops.narrow(conv(silu(block.astype(x.dtype))), 2, first - low, count))
     return ops.concat(blocks, 2)
 

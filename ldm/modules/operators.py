@@ -1,5 +1,6 @@
 """Operators that the CPU computes slowly as MindSpore has them, made of those it computes fast; on Ascend they are the
-same. In gradients the CPU's sums over an axis take ten times as long as a product with ones.
+same. On the CPU operands of unequal shapes take twenty times as long as equal ones made by a product with ones, norms
+three times as long as what they are made of, and in gradients sums over an axis ten times as long as such a product.
 """
 from __future__ import annotations
 
@@ -70,10 +71,10 @@ class WeightedValues(nn.Cell):
 class Compiled(nn.Cell):
     """A function of tensors, and of numbers that go into its graph; on large tensors it runs as a graph on the CPU.
 
-    In PyNative the calling thread waits for those that compute by polling, one thread more than there are cores; a
-    graph takes a third less processor time (on idle cores the time of a step is the same). Views are copied seven times
-    as slowly, too. Small tensors are not worth the time to compile, nor is anything on Ascend, where a graph for each
-    shape costs more.
+    For what PyNative is slow at: it copies views seven to eighteen times as slowly as a graph transposes, and each
+    operator leaves the cache before the next reads it. Small tensors are not worth the time to compile, nor is anything
+    on Ascend, where a graph for each shape costs more. Whole convolutions and attentions are not worth it either: each
+    shape takes a second or more to compile, and its graph holds its last inputs and outputs.
 
     Args:
         function: defined in a module. Layers of equal shapes share its graph, so it is given weights as tensors, not
@@ -93,6 +94,45 @@ class Compiled(nn.Cell):
 @functools.lru_cache(None)
 def _graph_of(function: Callable) -> Callable:
     return ms.jit(function)
+
+
+def spread(column: Tensor, count: int) -> Tensor:
+    """(R, 1) -> (R, count), every number along its row."""
+    return ops.MatMul()(column, ops.ones((1, count), column.dtype))
+
+
+def add_to_maps(x: Tensor, values: Tensor) -> Tensor:
+    """(B, C, H, W) with a value, of (B, C), added to all of each map."""
+    batch, channels, height, width = x.shape
+    maps = _bias_add(x.reshape((1, batch * channels, height, width)), values.reshape((batch * channels,)))
+    return maps.reshape(x.shape)
+
+
+def centred(rows: Tensor, epsilon: float) -> tuple:
+    """(R, N) -> (R, N) less the mean of each row, and (R, 1) their standard deviations with epsilon in the variance."""
+    count = rows.shape[1]
+    average = ops.fill(rows.dtype, (count, 1), 1 / count)
+    rows = rows - spread(ops.MatMul()(rows, average), count)
+    return rows, ops.sqrt(ops.MatMul()(rows * rows, average) + epsilon)
+
+
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
+    """Layer normalisation of (R, C) with (1, C) gain and shift; biased variance."""
+    rows, deviations = centred(x, epsilon)
+    return _bias_add(rows * ops.MatMul()(1 / deviations, gamma), beta.reshape((x.shape[1],)))
+
+
+def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: float) -> Tensor:
+    """Group normalisation of (B, C, H, W) with (1, C) gain and shift; biased variance."""
+    batch, channels, height, width = x.shape
+    rows, deviations = centred(x.reshape((batch * groups, channels // groups * height * width)), epsilon)
+    gain = gamma.reshape((1, groups, channels // groups)) / deviations.reshape((batch, groups, 1))
+    gain = spread(gain.reshape((batch * channels, 1)), height * width)
+    y = rows.reshape((batch * channels, height * width)) * gain
+    return _bias_add(y.reshape(x.shape), beta.reshape((channels,)))
+
+
+_bias_add = BiasAdd()
 
 
 def in_turn(x: Tensor, results: list) -> Tensor:

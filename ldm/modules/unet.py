@@ -9,6 +9,7 @@ from mindspore import dtype as mstype
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.convolution import Conv2d
 from ldm.modules.layers import GroupNorm, Linear, SiLU, Upsample, timestep_embedding
+from ldm.modules.operators import add_to_maps
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ class ResBlock(nn.Cell):
 
     def construct(self, x: Tensor, emb: Tensor) -> Tensor:
         """(B, C, H, W) and (B, E) -> (B, C', H, W)."""
-        y = self.in_layers(x)
-        y = y + self.emb_layers(emb).reshape((y.shape[0], y.shape[1], 1, 1))
+        y = add_to_maps(self.in_layers(x), self.emb_layers(emb))
         return self.skip_connection(x) + self.out_layers(y)
 
 

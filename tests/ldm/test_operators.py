@@ -7,7 +7,15 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 import ldm.modules.operators as operators
-from ldm.modules.operators import BiasAdd, Compiled, WeightedValues, pad
+from ldm.modules.operators import (
+    BiasAdd,
+    Compiled,
+    WeightedValues,
+    add_to_maps,
+    group_norm,
+    layer_norm,
+    pad,
+)
 from tests.conftest import normal
 
 
@@ -28,6 +36,37 @@ class Plain(nn.Cell):
 
     def construct(self, q, k, v):
         return ops.BatchMatMul()(ops.softmax(ops.BatchMatMul(transpose_b=True)(q, k), -1), v)
+
+
+class Normalised(nn.Cell):
+    """A norm by MindSpore's own operator."""
+
+    def construct(self, x, gamma, beta):
+        if x.ndim == 4:
+            return ops.group_norm(x, 3, gamma.reshape((-1,)), beta.reshape((-1,)), 1e-3)
+        return ops.LayerNorm(epsilon=1e-3)(x, gamma.reshape((-1,)), beta.reshape((-1,)))[0]
+
+
+class NormalisedByProducts(nn.Cell):
+    """The same by ours, as networks call it."""
+
+    def __init__(self):
+        super().__init__()
+        self.group_norm, self.layer_norm = Compiled(group_norm), Compiled(layer_norm)
+
+    def construct(self, x, gamma, beta):
+        return self.group_norm(x, gamma, beta, 3, 1e-3) if x.ndim == 4 else self.layer_norm(x, gamma, beta, 1e-3)
+
+
+class Raised(nn.Cell):
+    """Maps with a value added to each: ours, and as MindSpore does it."""
+
+    def __init__(self, own: bool):
+        super().__init__()
+        self.own = own
+
+    def construct(self, x, values):
+        return add_to_maps(x, values) if self.own else x + values.reshape(values.shape + (1, 1))
 
 
 class Turned(nn.Cell):
@@ -83,6 +122,23 @@ def test_transpose(monkeypatch, large):
     np.testing.assert_array_equal(Turned()(Tensor(x)).asnumpy(), x.transpose(3, 1, 0, 2))
     gradient = ms.grad(Weighed(Turned(), Tensor(weights)))(Tensor(x))
     np.testing.assert_allclose(gradient.asnumpy(), weights.transpose(2, 1, 3, 0))
+
+
+@pytest.mark.parametrize("large", [1, 10000])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 6, 5, 4)])
+def test_norms(monkeypatch, shape, large):
+    """Also of rows far from zero, whose variance is not the difference of two large numbers."""
+    monkeypatch.setattr(operators, "LARGE", large)
+    inputs = Tensor(normal(*shape) + 100), Tensor(normal(1, 6)), Tensor(normal(1, 6))
+    got, expected = (norm(*inputs).asnumpy() for norm in (NormalisedByProducts(), Normalised()))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(NormalisedByProducts(), Normalised(), (Tensor(normal(*shape)), *inputs[1:]), shape)
+
+
+def test_values_added_to_maps():
+    x, values = normal(2, 3, 4, 5), normal(2, 3)
+    np.testing.assert_array_equal(Raised(True)(Tensor(x), Tensor(values)).asnumpy(), x + values[..., None, None])
+    assert_same_gradients(Raised(True), Raised(False), (Tensor(x), Tensor(values)), x.shape)
 
 
 def test_padding():
