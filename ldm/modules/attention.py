@@ -57,8 +57,9 @@ class Attention(nn.Cell):
 
 
 def attend_by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int, transpose: Callable) -> Tensor:
-    """What `Attention` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time; `transpose` is as
-    ops.transpose.
+    """What `Attention` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time.
+
+    `transpose` takes what ops.transpose does.
     """
     batch, queries, width = q.shape
     size, groups, tokens = width // num_heads, batch * num_heads, k.shape[1]

@@ -75,7 +75,7 @@ class Conv2d(nn.Cell):
             weight = ops.depend(self.weight, x).reshape((self.out_channels, self.depth))
             side = self.tile_side(x.shape)
             y = (convolve_by_tiles(x, weight, *self.transforms[side], side, self.transpose) if side else
-                 convolve_by_columns(x, weight, self.kernel_size, self.stride, self.padding))
+                 convolve_by_columns(x, weight, self.kernel_size, self.stride, self.padding, self.transpose))
         return self.bias_add(y, self.bias) if self.has_bias else y
 
     def tile_side(self, shape: tuple) -> int:
@@ -102,7 +102,7 @@ def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Te
         of_weight: ((m + 2)^2, 9).
         to_output: (m^2, (m + 2)^2).
         side: m.
-        transpose: as ops.transpose.
+        transpose: takes what ops.transpose does.
 
     Returns:
         (B, C', H, W).
@@ -146,7 +146,8 @@ def _tile_products(tiles: Tensor, weight: Tensor, of_weight: Tensor, to_output: 
     return parts[0] if len(parts) == 1 else ops.concat(parts, 1)
 
 
-def convolve_by_columns(x: Tensor, weight: Tensor, kernel_size: int, stride: int, padding: tuple) -> Tensor:
+def convolve_by_columns(x: Tensor, weight: Tensor, kernel_size: int, stride: int, padding: tuple,
+                        transpose: Callable) -> Tensor:
     """The picture unfolded into columns of what each output sees, times the weight.
 
     Args:
@@ -155,6 +156,7 @@ def convolve_by_columns(x: Tensor, weight: Tensor, kernel_size: int, stride: int
         kernel_size: k.
         stride: step between outputs.
         padding: (top, bottom, left, right).
+        transpose: takes what ops.transpose does.
 
     Returns:
         (B, C', H', W').
@@ -169,9 +171,9 @@ def convolve_by_columns(x: Tensor, weight: Tensor, kernel_size: int, stride: int
     if inside == 0:
         x = pad(x, padding)
     if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
-        columns = ops.transpose(_columns(x, k, s, inside), (1, 0, 2)).reshape((depth, batch * out_h * out_w))
+        columns = transpose(_columns(x, k, s, inside), (1, 0, 2)).reshape((depth, batch * out_h * out_w))
         y = ops.MatMul()(weight, columns).reshape((out_channels, batch, out_h, out_w))
-        return ops.transpose(y, (1, 0, 2, 3))
+        return transpose(y, (1, 0, 2, 3))
     pictures = []
     for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
         picture, blocks = in_turn(picture, pictures), []
