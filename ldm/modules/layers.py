@@ -84,6 +84,10 @@ class GroupNorm(nn.Cell):
             y = self.by_products(y, self.gamma.reshape((1, -1)), self.beta.reshape((1, -1)), self.groups, self.epsilon)
         return y.astype(x.dtype)
 
+    def along_rows(self, column: Tensor, count: int) -> Tensor:
+        """(R, 1) -> (R, count); without a product on Ascend, whose products round float32 to eleven bits."""
+        return ops.broadcast_to(column, (column.shape[0], count)) if self.native else spread(column, count)
+
     def affine(self, x: Tensor, rows: int) -> tuple:
         """Gain and shift, (B C, 1) float32: x * gain + shift is what `construct` gives. Reads `rows` at a time."""
         batch, channels, height, width = x.shape
@@ -101,7 +105,7 @@ class GroupNorm(nn.Cell):
         for first in range(0, x.shape[2], rows):
             block = ops.narrow(x, 2, first, min(rows, x.shape[2] - first)).astype(mstype.float32)
             block = block.reshape((mean.shape[0], -1))
-            block = block - spread(mean, block.shape[1])
+            block = block - self.along_rows(mean, block.shape[1])
             total = total + (block * block if squared else block).sum(-1, keepdims=True)
         return total
 
@@ -169,7 +173,7 @@ def normed_conv(norm: GroupNorm, conv: Conv2d, x: Tensor) -> Tensor:
     for first, count, low, end in row_blocks(x.shape[2], rows):
         block = ops.narrow(x, 2, low, end - low)
         by_map = block.astype(mstype.float32).reshape((gain.shape[0], -1))
-        by_map = by_map * spread(gain, by_map.shape[1]) + spread(shift, by_map.shape[1])
+        by_map = by_map * norm.along_rows(gain, by_map.shape[1]) + norm.along_rows(shift, by_map.shape[1])
         block = by_map.reshape(block.shape)
         blocks.append(ops.narrow(conv(silu(block.astype(x.dtype))), 2, first - low, count))
     return ops.concat(blocks, 2)

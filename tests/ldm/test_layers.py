@@ -34,8 +34,10 @@ def test_linear(as_convolution):
 
 @pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
 @pytest.mark.parametrize("elements", [64 * 9 * 4, 64 * 9, 1])  # of a map of 2 x 64 x 7 x 9: two rows, less than one
-def test_row_blocks_change_nothing(monkeypatch, elements, mode):
+@pytest.mark.parametrize("native", [False, True])  # True: as on Ascend
+def test_row_blocks_change_nothing(monkeypatch, elements, mode, native):
     norm, conv, up = GroupNorm(64), Conv2d(64, 6, 3, padding=1), Upsample(64)
+    norm.native = native
     for cell in (norm, conv, up.conv):
         fill(cell)
     x = Tensor(normal(2, 64, 7, 9) + 3)
