@@ -8,7 +8,6 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
-from ldm.device import on_ascend
 from ldm.modules.convolution import Conv2d
 from ldm.modules.operators import BiasAdd, Compiled, group_norm, layer_norm, spread
 
@@ -74,19 +73,19 @@ class GroupNorm(nn.Cell):
         self.groups, self.epsilon = groups, epsilon
         self.gamma = Parameter(initializer("ones", (channels,), mstype.float32))
         self.beta = _zeros((channels,), mstype.float32)
-        self.native, self.by_products = on_ascend(), Compiled(group_norm)
+        self.by_products = Compiled(group_norm)
 
     def construct(self, x: Tensor) -> Tensor:
         y = x.astype(mstype.float32)
-        if self.native:
-            y = ops.group_norm(y, self.groups, self.gamma, self.beta, self.epsilon)
-        else:
+        if self.by_products.takes(y):  # of small maps, calling a dozen operators takes longer than the norm
             y = self.by_products(y, self.gamma.reshape((1, -1)), self.beta.reshape((1, -1)), self.groups, self.epsilon)
+        else:
+            y = ops.group_norm(y, self.groups, self.gamma, self.beta, self.epsilon)
         return y.astype(x.dtype)
 
     def along_rows(self, column: Tensor, count: int) -> Tensor:
         """(R, 1) -> (R, count); without a product on Ascend, whose products round float32 to eleven bits."""
-        return ops.broadcast_to(column, (column.shape[0], count)) if self.native else spread(column, count)
+        return ops.broadcast_to(column, (column.shape[0], count)) if self.by_products.plain else spread(column, count)
 
     def affine(self, x: Tensor, rows: int) -> tuple:
         """Gain and shift, (B C, 1) float32: x * gain + shift is what `construct` gives. Reads `rows` at a time."""
@@ -115,15 +114,15 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, channels: int, epsilon: float = 1e-5):
         super().__init__((channels,), epsilon=epsilon, dtype=mstype.float32)
-        self.native, self.by_products = on_ascend(), Compiled(layer_norm)
+        self.by_products = Compiled(layer_norm)
 
     def construct(self, x: Tensor) -> Tensor:
         y = x.astype(mstype.float32)
-        if self.native:
-            y = super().construct(y)
-        else:
+        if self.by_products.takes(y):
             y = self.by_products(y.reshape((-1, x.shape[-1])), self.gamma.reshape((1, -1)),
                                  self.beta.reshape((1, -1)), self.epsilon).reshape(x.shape)
+        else:
+            y = super().construct(y)
         return y.astype(x.dtype)
 
 

@@ -86,9 +86,11 @@ class Compiled(nn.Cell):
         self.function, self.graph, self.plain = function, _graph_of(function), on_ascend()
 
     def construct(self, x: Tensor, *more):
-        if self.plain or x.size < LARGE:
-            return self.function(x, *more)
-        return self.graph(x, *more)
+        return self.graph(x, *more) if self.takes(x) else self.function(x, *more)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether this is the CPU, and x is worth a graph."""
+        return not self.plain and x.size >= LARGE
 
 
 @functools.lru_cache(None)

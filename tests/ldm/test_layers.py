@@ -10,6 +10,7 @@ from mindspore import Tensor
 
 import ldm.modules.attention as attention
 import ldm.modules.layers as layers
+import ldm.modules.operators as operators
 from ldm.modules.attention import GEGLU, Attention
 from ldm.modules.convolution import Conv2d
 from ldm.modules.layers import (
@@ -34,10 +35,10 @@ def test_linear(as_convolution):
 
 @pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
 @pytest.mark.parametrize("elements", [64 * 9 * 4, 64 * 9, 1])  # of a map of 2 x 64 x 7 x 9: two rows, less than one
-@pytest.mark.parametrize("native", [False, True])  # True: as on Ascend
-def test_row_blocks_change_nothing(monkeypatch, elements, mode, native):
+@pytest.mark.parametrize("plain", [False, True])  # True: as on Ascend
+def test_row_blocks_change_nothing(monkeypatch, elements, mode, plain):
     norm, conv, up = GroupNorm(64), Conv2d(64, 6, 3, padding=1), Upsample(64)
-    norm.native = native
+    norm.by_products.plain = plain
     for cell in (norm, conv, up.conv):
         fill(cell)
     x = Tensor(normal(2, 64, 7, 9) + 3)
@@ -68,7 +69,9 @@ def test_row_blocks_cover_every_row_once():
         assert all((low, end) == (max(0, first - 1), min(height, first + rows + 1)) for first, _, low, end in blocks)
 
 
-def test_norms_run_in_float32_under_float16():
+@pytest.mark.parametrize("large", [1, 1 << 18])  # by products, and by MindSpore's operators
+def test_norms_run_in_float32_under_float16(monkeypatch, large):
+    monkeypatch.setattr(operators, "LARGE", large)
     x = normal(2, 64, 5, 4) * 300  # the squares overflow float16
     group = GroupNorm(64)
     fill(group)
@@ -80,7 +83,14 @@ def test_norms_run_in_float32_under_float16():
     half = group(Tensor(x, ms.float16))
     assert half.dtype == ms.float16
     np.testing.assert_allclose(half.asnumpy(), expected, atol=2e-2)
-    assert LayerNorm(5)(Tensor(normal(2, 5), ms.float16)).dtype == ms.float16
+    layer, x = LayerNorm(5), normal(2, 3, 5) * 300
+    fill(layer)
+    scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    expected = scaled * layer.gamma.asnumpy() + layer.beta.asnumpy()
+    np.testing.assert_allclose(layer(Tensor(x)).asnumpy(), expected, rtol=1e-4, atol=1e-4)
+    half = layer(Tensor(x, ms.float16))
+    assert half.dtype == ms.float16
+    np.testing.assert_allclose(half.asnumpy(), expected, atol=2e-2)
 
 
 def test_geglu_is_the_exact_gelu():
