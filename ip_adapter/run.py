@@ -126,12 +126,12 @@ class Run:
         model.set_ip_scale(self.args.ip_scale)
         controls = model.controls(inputs.hints, timesteps)
         self._save_hints(inputs.hints)
-        batches = list(self.batches())
-        for batch in batches:
+        last = len(self.pairs) * self.args.n_iter - 1
+        for n, batch in enumerate(self.batches()):
             cond, uncond = (side.repeated(len(batch.seeds)) for side in batch.sides)
             denoise = model.diffusion.denoiser(cond, uncond, self.args.scale, controls, shortcuts(self.args, timesteps))
             latents = self.sample(sample(denoise, batch), len(timesteps))
-            if batch is batches[-1]:  # what it needed in memory is for the autoencoder now
+            if n == last:  # what it needed in memory is for the autoencoder now
                 model.release_denoiser()
             self.save(finish(model.diffusion.decode(latents)), batch, inputs.shown())
         self.report()

@@ -83,10 +83,6 @@ class GroupNorm(nn.Cell):
             y = ops.group_norm(y, self.groups, self.gamma, self.beta, self.epsilon)
         return y.astype(x.dtype)
 
-    def along_rows(self, column: Tensor, count: int) -> Tensor:
-        """(R, 1) -> (R, count); without a product on Ascend, whose products round float32 to eleven bits."""
-        return ops.broadcast_to(column, (column.shape[0], count)) if self.by_products.plain else spread(column, count)
-
     def affine(self, x: Tensor, rows: int) -> tuple:
         """Gain and shift, (B C, 1) float32: x * gain + shift is what `construct` gives. Reads `rows` at a time."""
         batch, channels, height, width = x.shape
@@ -98,13 +94,23 @@ class GroupNorm(nn.Cell):
         gain = gamma / deviation
         return gain, beta - mean * gain
 
+    def scaled(self, block: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        """Some rows of x, (B, C, R, W), with what `affine` gave; the dtype stays."""
+        maps = block.astype(mstype.float32).reshape((gain.shape[0], -1))
+        maps = maps * self._along_rows(gain, maps.shape[1]) + self._along_rows(shift, maps.shape[1])
+        return maps.reshape(block.shape).astype(block.dtype)
+
+    def _along_rows(self, column: Tensor, count: int) -> Tensor:
+        """(R, 1) -> (R, count); without a product on Ascend, whose products round float32 to eleven bits."""
+        return ops.broadcast_to(column, (column.shape[0], count)) if self.by_products.plain else spread(column, count)
+
     def _total(self, x: Tensor, rows: int, mean: Tensor, squared: bool) -> Tensor:
         """(B groups, 1): the sum over each group of x - mean, or of its square."""
         total = 0.0
         for first in range(0, x.shape[2], rows):
             block = ops.narrow(x, 2, first, min(rows, x.shape[2] - first)).astype(mstype.float32)
             block = block.reshape((mean.shape[0], -1))
-            block = block - self.along_rows(mean, block.shape[1])
+            block = block - self._along_rows(mean, block.shape[1])
             total = total + (block * block if squared else block).sum(-1, keepdims=True)
         return total
 
@@ -170,11 +176,8 @@ def normed_conv(norm: GroupNorm, conv: Conv2d, x: Tensor) -> Tensor:
     gain, shift = norm.affine(x, rows)
     blocks = []
     for first, count, low, end in row_blocks(x.shape[2], rows):
-        block = ops.narrow(x, 2, low, end - low)
-        by_map = block.astype(mstype.float32).reshape((gain.shape[0], -1))
-        by_map = by_map * norm.along_rows(gain, by_map.shape[1]) + norm.along_rows(shift, by_map.shape[1])
-        block = by_map.reshape(block.shape)
-        blocks.append(ops.narrow(conv(silu(block.astype(x.dtype))), 2, first - low, count))
+        block = norm.scaled(ops.narrow(x, 2, low, end - low), gain, shift)
+        blocks.append(ops.narrow(conv(silu(block)), 2, first - low, count))
     return ops.concat(blocks, 2)
 
 
