@@ -6,14 +6,13 @@ autoencoder all call it.
 from __future__ import annotations
 
 import math
-from typing import Callable
 
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
-from ldm.modules.operators import Compiled, WeightedValues, in_turn
+from ldm.modules.operators import Compiled, WeightedValues, in_turn, joined
 
 # Largest score matrix held at a time where there is no fused operator, in elements (64 MiB of float32).
 SCORE_ELEMENTS = 1 << 24
@@ -53,39 +52,36 @@ class Attention(nn.Cell):
         q = q * (1.0 / math.sqrt(size))
         if self.fused and mask is None and q.dtype == mstype.float16 and size <= FUSED_HEAD_SIZE:
             return fused_attention(q, k, v, self.num_heads)
-        return attend_by_portions(q, k, v, mask, self.num_heads, self.transpose)
+        return self.by_portions(q, k, v, mask)
 
-
-def attend_by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int, transpose: Callable) -> Tensor:
-    """What `Attention` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time.
-
-    `transpose` takes what ops.transpose does.
-    """
-    batch, queries, width = q.shape
-    size, groups, tokens = width // num_heads, batch * num_heads, k.shape[1]
-    q, k, v = [_by_head(x, size, transpose) for x in (q, k, v)]  # (B h, N or T, d)
-    together = max(1, SCORE_ELEMENTS // (queries * tokens))
-    if together >= groups and queries * tokens <= SCORE_ELEMENTS:
-        y = _product(q, k, v, mask)
-    else:
+    def by_portions(self, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+        """What `construct` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time."""
+        batch, queries, width = q.shape
+        groups, tokens = batch * self.num_heads, k.shape[1]
+        q, k, v = [self.by_head(x) for x in (q, k, v)]  # (B h, N or T, d)
+        together = min(groups, max(1, SCORE_ELEMENTS // (queries * tokens)))
         while groups % together:
             together -= 1
-        rows, parts = max(1, SCORE_ELEMENTS // tokens), []
-        for a, b, c in zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0)):
-            a = in_turn(a, parts)
-            parts.append(_product(a, b, c, mask) if rows >= queries else _by_queries(a, b, c, mask, rows))
-        y = ops.concat(parts, 0)
-    return transpose(y.reshape((batch, num_heads, queries, size)), (0, 2, 1, 3)).reshape((batch, queries, width))
+        rows, parts, portions = max(1, SCORE_ELEMENTS // (together * tokens)), [], [(q, k, v)]
+        if together < groups:
+            portions = zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0))
+        for a, b, c in portions:
+            parts.append(_by_queries(in_turn(a, parts), b, c, mask, rows))
+        y = joined(parts, 0).reshape((batch, self.num_heads, queries, width // self.num_heads))
+        return self.transpose(y, (0, 2, 1, 3)).reshape((batch, queries, width))
 
-
-def _by_head(x: Tensor, size: int, transpose: Callable) -> Tensor:
-    batch, count, width = x.shape
-    return transpose(x.reshape((batch, count, width // size, size)), (0, 2, 1, 3)).reshape((-1, count, size))
+    def by_head(self, x: Tensor) -> Tensor:
+        """(B, N, h * d) -> (B h, N, d)."""
+        batch, count, width = x.shape
+        x = x.reshape((batch, count, self.num_heads, width // self.num_heads))
+        return self.transpose(x, (0, 2, 1, 3)).reshape((-1, count, width // self.num_heads))
 
 
 def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask, rows: int) -> Tensor:
-    """The product of one head with many queries, `rows` of them at a time."""
+    """The product of some heads, `rows` of their queries at a time."""
     parts, queries = [], q.shape[1]
+    if queries <= rows:
+        return _product(q, k, v, mask)
     for first in range(0, queries, rows):
         count = min(rows, queries - first)
         masked = None if mask is None else ops.narrow(mask, 0, first, count)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-from typing import Callable
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -10,7 +9,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.device import on_ascend
-from ldm.modules.operators import BiasAdd, Compiled, in_turn, pad
+from ldm.modules.operators import BiasAdd, Compiled, in_turn, joined, pad
 
 # Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
 # would need 1.2 GB at once.
@@ -74,8 +73,7 @@ class Conv2d(nn.Cell):
             # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
             weight = ops.depend(self.weight, x).reshape((self.out_channels, self.depth))
             side = self.tile_side(x.shape)
-            y = (convolve_by_tiles(x, weight, *self.transforms[side], side, self.transpose) if side else
-                 convolve_by_columns(x, weight, self.kernel_size, self.stride, self.padding, self.transpose))
+            y = self.by_tiles(x, weight, side) if side else self.by_columns(x, weight)
         return self.bias_add(y, self.bias) if self.has_bias else y
 
     def tile_side(self, shape: tuple) -> int:
@@ -87,53 +85,84 @@ class Conv2d(nn.Cell):
                     return side
         return 0
 
+    def by_tiles(self, x: Tensor, weight: Tensor, side: int) -> Tensor:
+        """A 3x3 convolution as products of transformed tiles, without its bias.
 
-def convolve_by_tiles(x: Tensor, weight: Tensor, of_input: Tensor, of_weight: Tensor, to_output: Tensor,
-                      side: int, transpose: Callable) -> Tensor:
-    """A 3x3 convolution as products of transformed tiles.
+        A tile of m x m outputs follows from (m + 2)^2 inputs; transformed, each of these is multiplied over the
+        channels alone. That makes 36 products for 16 outputs, or 16 for 4, in place of 9 for each.
 
-    A tile of m x m outputs follows from (m + 2)^2 inputs; transformed, each of these is multiplied over the channels
-    alone. That makes 36 products for 16 outputs, or 16 for 4, in place of 9 for each.
+        Args:
+            x: (B, C, H, W), H and W multiples of m; one row and column of zeros are put around it.
+            weight: (C', 9 C).
+            side: m.
 
-    Args:
-        x: (B, C, H, W), H and W multiples of m; one row and column of zeros are put around it.
-        weight: (C', 9 C).
-        of_input: ((m + 2)^2, (m + 2)^2) transform of both dimensions, as the others.
-        of_weight: ((m + 2)^2, 9).
-        to_output: (m^2, (m + 2)^2).
-        side: m.
-        transpose: takes what ops.transpose does.
+        Returns:
+            (B, C', H, W).
 
-    Returns:
-        (B, C', H, W).
+        Source:
+            arXiv 1509.09308 (Lavin and Gray), section 4: F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) as products of matrices.
+        """
+        batch, channels, height, width = x.shape
+        of_input, of_weight, to_output = self.transforms[side]
+        count, across = of_input.shape[0], width // side
+        row = count * max(channels, self.out_channels) * batch * across
+        rows = side * min(height // side, max(1, TILE_ELEMENTS // row))
+        padding = 1
+        if rows < height:
+            x, padding = pad(x, (1, 1, 0, 0)), (0, 1)
+        blocks = []
+        for first in range(0, height, rows):
+            here = min(rows, height - first)
+            block = x if here == height else in_turn(ops.narrow(x, 2, first, here + 2), blocks)
+            tiles = ops.unfold(block, side + 2, padding=padding, stride=side)
+            positions = here // side * across
+            tiles = self.transpose(tiles.reshape((batch, channels, count, positions)), (2, 1, 0, 3))
+            tiles = ops.MatMul()(of_input, tiles.reshape((count, channels * batch * positions)))
+            y = _tile_products(tiles.reshape((count, channels, batch * positions)), weight, of_weight, to_output)
+            y = y.reshape((side, side, self.out_channels, batch, here // side, across))
+            y = self.transpose(y, (3, 2, 4, 0, 5, 1))
+            blocks.append(y.reshape((batch, self.out_channels, here, width)))
+        return joined(blocks, 2)
 
-    Source:
-        arXiv 1509.09308 (Lavin and Gray), section 4: F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) as products of matrices.
-    """
-    batch, channels, height, width = x.shape
-    out_channels, count, across = weight.shape[0], of_input.shape[0], width // side
-    row = count * max(channels, out_channels) * batch * across
-    rows = side * min(height // side, max(1, TILE_ELEMENTS // row))
-    padding = 1
-    if rows < height:
-        x, padding = pad(x, (1, 1, 0, 0)), (0, 1)
-    blocks = []
-    for first in range(0, height, rows):
-        here = min(rows, height - first)
-        block = x if here == height else in_turn(ops.narrow(x, 2, first, here + 2), blocks)
-        tiles = ops.unfold(block, side + 2, padding=padding, stride=side)
-        positions = here // side * across
-        tiles = transpose(tiles.reshape((batch, channels, count, positions)), (2, 1, 0, 3))
-        tiles = ops.MatMul()(of_input, tiles.reshape((count, channels * batch * positions)))
-        y = _tile_products(tiles.reshape((count, channels, batch * positions)), weight, of_weight, to_output)
-        y = y.reshape((side, side, out_channels, batch, here // side, across))
-        y = transpose(y, (3, 2, 4, 0, 5, 1))
-        blocks.append(y.reshape((batch, out_channels, here, width)))
-    return blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2)
+    def by_columns(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The picture unfolded into columns of what each output sees, times the (C', k k C) weight; without its bias.
+
+        (B, C, H, W) -> (B, C', H', W').
+        """
+        batch, _, height, width = x.shape
+        top, bottom, left, right = self.padding
+        k, s = self.kernel_size, self.stride
+        out_h, out_w = (height + top + bottom - k) // s + 1, (width + left + right - k) // s + 1
+        rows = max(1, COLUMN_ELEMENTS // (self.depth * out_w))
+        inside = top if top == bottom == left == right and rows >= out_h else 0
+        if inside == 0:
+            x = pad(x, self.padding)
+        if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
+            columns = self.transpose(self.columns(x, inside), (1, 0, 2)).reshape((self.depth, batch * out_h * out_w))
+            y = ops.MatMul()(weight, columns).reshape((self.out_channels, batch, out_h, out_w))
+            return self.transpose(y, (1, 0, 2, 3))
+        pictures = []
+        for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
+            picture, blocks = in_turn(picture, pictures), []
+            for first in range(0, out_h, rows):
+                here = min(rows, out_h - first)
+                block = picture
+                if here < out_h:
+                    block = in_turn(ops.narrow(picture, 2, first * s, (here - 1) * s + k), blocks)
+                y = ops.MatMul()(weight, self.columns(block, inside).reshape((self.depth, here * out_w)))
+                blocks.append(y.reshape((1, self.out_channels, here, out_w)))
+            pictures.append(joined(blocks, 2))
+        return joined(pictures, 0)
+
+    def columns(self, x: Tensor, padding: int) -> Tensor:
+        """(B, C, H, W) -> (B, k k C, positions)."""
+        if self.kernel_size == 1 and self.stride == 1:
+            return x.reshape((x.shape[0], x.shape[1], x.shape[2] * x.shape[3]))
+        return ops.unfold(x, self.kernel_size, padding=padding, stride=self.stride)
 
 
 def _tile_products(tiles: Tensor, weight: Tensor, of_weight: Tensor, to_output: Tensor) -> Tensor:
-    """((side + 2)^2, C, N) transformed tiles times (C', 9 C) weights -> (side^2, C', N) tiles of the output."""
+    """((m + 2)^2, C, N) transformed tiles times (C', 9 C) weights -> (m^2, C', N) tiles of the output."""
     count, channels, positions = tiles.shape
     together, parts = max(1, WEIGHT_ELEMENTS // (count * channels)), []
     for first in range(0, weight.shape[0], together):
@@ -143,54 +172,7 @@ def _tile_products(tiles: Tensor, weight: Tensor, of_weight: Tensor, to_output: 
         y = ops.BatchMatMul()(part.reshape((count, here, channels)), tiles)
         y = ops.MatMul()(to_output, y.reshape((count, here * positions)))
         parts.append(y.reshape((to_output.shape[0], here, positions)))
-    return parts[0] if len(parts) == 1 else ops.concat(parts, 1)
-
-
-def convolve_by_columns(x: Tensor, weight: Tensor, kernel_size: int, stride: int, padding: tuple,
-                        transpose: Callable) -> Tensor:
-    """The picture unfolded into columns of what each output sees, times the weight.
-
-    Args:
-        x: (B, C, H, W).
-        weight: (C', k k C).
-        kernel_size: k.
-        stride: step between outputs.
-        padding: (top, bottom, left, right).
-        transpose: takes what ops.transpose does.
-
-    Returns:
-        (B, C', H', W').
-    """
-    batch, _, height, width = x.shape
-    out_channels, depth = weight.shape
-    top, bottom, left, right = padding
-    k, s = kernel_size, stride
-    out_h, out_w = (height + top + bottom - k) // s + 1, (width + left + right - k) // s + 1
-    rows = max(1, COLUMN_ELEMENTS // (depth * out_w))
-    inside = top if top == bottom == left == right and rows >= out_h else 0
-    if inside == 0:
-        x = pad(x, padding)
-    if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
-        columns = transpose(_columns(x, k, s, inside), (1, 0, 2)).reshape((depth, batch * out_h * out_w))
-        y = ops.MatMul()(weight, columns).reshape((out_channels, batch, out_h, out_w))
-        return transpose(y, (1, 0, 2, 3))
-    pictures = []
-    for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
-        picture, blocks = in_turn(picture, pictures), []
-        for first in range(0, out_h, rows):
-            here = min(rows, out_h - first)
-            block = picture if here == out_h else in_turn(ops.narrow(picture, 2, first * s, (here - 1) * s + k), blocks)
-            y = ops.MatMul()(weight, _columns(block, k, s, inside).reshape((depth, here * out_w)))
-            blocks.append(y.reshape((1, out_channels, here, out_w)))
-        pictures.append(blocks[0] if len(blocks) == 1 else ops.concat(blocks, 2))
-    return pictures[0] if len(pictures) == 1 else ops.concat(pictures, 0)
-
-
-def _columns(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """(B, C, H, W) -> (B, k k C, positions)."""
-    if kernel_size == 1 and stride == 1:
-        return x.reshape((x.shape[0], x.shape[1], x.shape[2] * x.shape[3]))
-    return ops.unfold(x, kernel_size, padding=padding, stride=stride)
+    return joined(parts, 1)
 
 
 def tile_transforms(side: int) -> tuple:

@@ -142,6 +142,11 @@ def in_turn(x: Tensor, results: list) -> Tensor:
     return ops.depend(x, results[-1]) if results else x
 
 
+def joined(parts: list, axis: int) -> Tensor:
+    """The portions along an axis as one; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else ops.concat(parts, axis)
+
+
 def pad(x: Tensor, padding: tuple) -> Tensor:
     """(B, C, H, W) with zeros around it: (top, bottom, left, right). The CPU's own Pad takes eighty times as long."""
     for axis, (before, after) in ((2, padding[:2]), (3, padding[2:])):
