@@ -78,7 +78,9 @@ class OptimizerConfig:
 class AdamW(nn.Cell):
     """AdamW with bias correction; a step whose gradients overflow is skipped and the loss scale lowered.
 
-    Everything it remembers is a parameter, so that a graph can change it and a file can hold it.
+    All parameters are updated as one vector: a network has hundreds of small ones, and to call a dozen operators for
+    each takes longer than what they compute. Everything that is remembered is a parameter, so that a graph can change
+    it and a file can hold it.
 
     Args:
         parameters: name -> parameter that trains, float32.
@@ -92,33 +94,38 @@ class AdamW(nn.Cell):
         super().__init__(auto_prefix=False)
         self.config, self.names = config, list(parameters)
         self.parameters = ParameterTuple(parameters.values())
-        self.mean = self._zeros("mean")
-        self.square = self._zeros("square")
-        self.average = self._zeros("average") if config.ema_decay else ()
-        for average, parameter in zip(self.average, self.parameters):
-            average.set_data(Tensor(parameter.asnumpy()))
-        self.updates = _scalar(0.0, "updates")
-        self.loss_scale = _scalar(config.loss_scale, "loss_scale")
-        self.good_steps = _scalar(0.0, "good_steps")
+        self.sizes = tuple(int(np.prod(parameter.shape)) for parameter in self.parameters)
+        self.starts = tuple(int(n) for n in np.cumsum((0,) + self.sizes[:-1]))
+        values = np.concatenate([parameter.asnumpy().reshape(-1) for parameter in self.parameters])
+        self.vector = _remembered(values, "parameter")  # what the parameters hold
+        self.mean, self.square = self.zeros("mean"), self.zeros("square")
+        self.average = _remembered(values, "average") if config.ema_decay else None
+        self.updates = _remembered(0.0, "updates")
+        self.loss_scale = _remembered(config.loss_scale, "loss_scale")
+        self.good_steps = _remembered(0.0, "good_steps")
         # A graph unrolls a loop into calls within calls; a map over a whole network stays flat.
-        self.map, self.add, self.adam = ops.HyperMap(), ops.AddN(), ops.Adam()
+        self.map, self.dot, self.adam = ops.HyperMap(), ops.MatMul(transpose_b=True), ops.Adam()
 
-    def _zeros(self, kind: str) -> ParameterTuple:
-        return ParameterTuple([Parameter(Tensor(np.zeros(p.shape, np.float32)), f"{kind}.{name}", requires_grad=False)
-                               for name, p in zip(self.names, self.parameters)])
+    def zeros(self, name: str) -> Parameter:
+        """A vector of the parameters' size."""
+        return _remembered(np.zeros(sum(self.sizes)), name)
 
-    def construct(self, gradients: tuple, learning_rate: Tensor) -> Tensor:
+    def flat(self, gradients: tuple) -> Tensor:
+        """One gradient for each parameter -> the vector of all."""
+        return ops.concat(self.map(_flat, gradients))
+
+    def construct(self, gradient: Tensor, learning_rate: Tensor) -> Tensor:
         """Update all parameters.
 
         Args:
-            gradients: of the loss times `loss_scale`, one for each parameter.
+            gradient: what `flat` gives for the gradients of the loss times `loss_scale`.
             learning_rate: () float32.
 
         Returns:
             () bool, whether the gradients were finite and the step was made.
         """
-        c = self.config
-        total = self.add(self.map(_squares, gradients)).reshape(()) / ops.square(self.loss_scale)
+        c, row = self.config, gradient.reshape((1, -1))
+        total = self.dot(row, row).reshape(()) / ops.square(self.loss_scale)  # a sum takes ten times as long on the CPU
         finite = ops.isfinite(total)
         made = finite.astype(ms.float32)  # 0 for a step that is skipped: then nothing below changes anything
         factor = 1.0 / self.loss_scale
@@ -129,13 +136,17 @@ class AdamW(nn.Cell):
         correct1, correct2 = -ops.expm1(updates * math.log(c.beta1)), -ops.expm1(updates * math.log(c.beta2))
         beta1, beta2 = 1 - made * (1 - c.beta1), 1 - made * (1 - c.beta2)
         correct1, correct2 = ops.where(finite, correct1, 1.0), ops.where(finite, correct2, 1.0)
+        gradient = ops.where(finite, gradient * factor, 0.0)
+        vector = ops.depend(self.vector, ops.assign(self.vector, self.vector * (1 - rate * c.weight_decay)))
         # The operator divides by sqrt(square) + epsilon, the paper by sqrt(square / correct2) + epsilon.
-        update = ops.partial(_adamw, self.adam, 1 - rate * c.weight_decay, finite, factor, 1 - correct1, 1 - correct2,
-                             rate, beta1, beta2, c.epsilon * ops.sqrt(correct2))
-        new = self.map(update, gradients, self.parameters, self.mean, self.square)
+        new = ops.depend(self.vector, self.adam(
+            vector, self.mean, self.square, 1 - correct1, 1 - correct2, rate, beta1, beta2,
+            c.epsilon * ops.sqrt(correct2), gradient))
+        done = self.map(ops.partial(_put, new), self.starts, self.sizes, self.parameters)
         if c.ema_decay > 0:
-            new = self.map(ops.partial(_average, 1 - made * (1 - c.ema_decay)), self.average, new)
-        finite = ops.depend(finite, new)  # a graph drops assignments that nothing it returns needs
+            average = self.average + (new - self.average) * (made * (1 - c.ema_decay))
+            done = ops.depend(done, ops.assign(self.average, average))
+        finite = ops.depend(finite, done)  # a graph drops assignments that nothing it returns needs
         ops.assign(self.updates, updates)
         if c.scale_window > 0:
             self._rescale(finite)
@@ -149,15 +160,22 @@ class AdamW(nn.Cell):
         ops.assign(self.loss_scale, ops.where(finite, risen, fallen))
         ops.assign(self.good_steps, ops.where(ops.logical_and(finite, ops.logical_not(full)), good, 0.0 * good))
 
-    def _places(self) -> dict:
-        """Name -> parameter of all that the next step depends on."""
-        memory = (*self.mean, *self.square, *self.average, self.updates, self.loss_scale, self.good_steps)
-        return {**{f"parameter.{name}": p for name, p in zip(self.names, self.parameters)},
-                **{place.name: place for place in memory}}
+    def _vectors(self) -> list:
+        return [self.vector, self.mean, self.square] + [self.average] * bool(self.config.ema_decay)
+
+    def _numbers(self) -> list:
+        return [self.updates, self.loss_scale, self.good_steps]
+
+    def _by_name(self, vector: Parameter) -> dict:
+        values = vector.asnumpy()
+        return {name: values[start : start + size].reshape(parameter.shape) for name, start, size, parameter
+                in zip(self.names, self.starts, self.sizes, self.parameters)}
 
     def state(self) -> dict:
         """Name -> array: the parameters and all that the next step depends on."""
-        return {name: place.asnumpy() for name, place in self._places().items()}
+        return {**{f"{vector.name}.{name}": array for vector in self._vectors()
+                   for name, array in self._by_name(vector).items()},
+                **{number.name: number.asnumpy() for number in self._numbers()}}
 
     def load_state(self, arrays: dict) -> None:
         """The inverse of `state`.
@@ -166,52 +184,34 @@ class AdamW(nn.Cell):
             KeyError: an array is missing.
             ValueError: an array has another shape.
         """
-        places = self._places()
-        for name, place in places.items():
-            if arrays[name].shape != tuple(place.shape):
-                raise ValueError(f"`{name}` has shape {arrays[name].shape}, expected {tuple(place.shape)}")
-        for name, place in places.items():
-            place.set_data(Tensor(arrays[name]))
+        shapes = {name: array.shape for name, array in self.state().items()}
+        for name, shape in shapes.items():
+            if arrays[name].shape != shape:
+                raise ValueError(f"`{name}` has shape {arrays[name].shape}, expected {shape}")
+        for vector in self._vectors():
+            vector.set_data(Tensor(np.concatenate([arrays[f"{vector.name}.{name}"].reshape(-1)
+                                                   for name in self.names])))
+        for number in self._numbers():
+            number.set_data(Tensor(arrays[number.name]))
+        for name, parameter in zip(self.names, self.parameters):
+            parameter.set_data(Tensor(arrays[f"{self.vector.name}.{name}"]))
 
     def trained(self) -> dict:
         """Name -> array of what to use and publish: the averages if there are any, else the parameters."""
-        return {name: p.asnumpy() for name, p in zip(self.names, self.average or self.parameters)}
+        return self._by_name(self.average if self.config.ema_decay else self.vector)
 
 
-def _squares(gradient: Tensor) -> Tensor:
-    """The sum of squares, (1, 1): as a product, since the CPU's reductions take ten times as long."""
-    flat = gradient.reshape((1, -1))
-    return ops.MatMul(transpose_b=True)(flat, flat)
-
-
-def _adamw(adam, decay: Tensor, finite: Tensor, factor: Tensor, power1: Tensor, power2: Tensor, rate: Tensor,
-           beta1: Tensor, beta2: Tensor, epsilon: Tensor, gradient: Tensor, parameter: Parameter, mean: Parameter,
-           square: Parameter) -> Tensor:
-    """Shrink a parameter by its decay, then update it and its two moments; returns what it is now."""
-    gradient = ops.where(finite, gradient * factor, 0.0)
-    parameter = ops.depend(parameter, ops.assign(parameter, parameter * decay))
-    return ops.depend(parameter, adam(parameter, mean, square, power1, power2, rate, beta1, beta2, epsilon, gradient))
-
-
-def _added(first: Tensor, accumulation: int, total: Parameter, gradient: Tensor) -> Tensor:
-    """Add one gradient to a sum, which starts anew with the first batch."""
-    return ops.assign(total, ops.where(first, 0.0, total) + gradient / accumulation)
+def _remembered(value: float | np.ndarray, name: str) -> Parameter:
+    return Parameter(Tensor(value, ms.float32), name, requires_grad=False)
 
 
 def _flat(gradient: Tensor) -> Tensor:
     return gradient.reshape((-1,))
 
 
-def _part(flat: Tensor, start: int, size: int, gradient: Tensor) -> Tensor:
-    return ops.Slice()(flat, (start,), (size,)).reshape(gradient.shape)
-
-
-def _average(decay: Tensor, average: Parameter, new: Tensor) -> Tensor:
-    return ops.assign(average, decay * average + (1 - decay) * new)
-
-
-def _scalar(value: float, name: str) -> Parameter:
-    return Parameter(Tensor(value, ms.float32), name, requires_grad=False)
+def _put(vector: Tensor, start: int, size: int, parameter: Parameter) -> Tensor:
+    """Set a parameter to its place in the vector."""
+    return ops.assign(parameter, ops.Slice()(vector, (start,), (size,)).reshape(parameter.shape))
 
 
 class _ScaledLoss(nn.Cell):
@@ -240,11 +240,9 @@ class TrainStep(nn.Cell):
         super().__init__(auto_prefix=False)
         self.optimizer, self.accumulation, self.processes = optimizer, accumulation, processes
         self.all_reduce = ops.AllReduce() if processes > 1 else None
-        self.sizes = tuple(int(np.prod(parameter.shape)) for parameter in optimizer.parameters)
-        self.starts = tuple(int(n) for n in np.cumsum((0,) + self.sizes[:-1]))
         self.gradient = ms.value_and_grad(_ScaledLoss(loss, optimizer.loss_scale), None, optimizer.parameters,
                                           has_aux=True)
-        self.sums = optimizer._zeros("sum") if accumulation > 1 else ()
+        self.sum = optimizer.zeros("sum") if accumulation > 1 else None
 
     def construct(self, learning_rate: Tensor, first: Tensor, update: bool, *batch: Tensor) -> tuple:
         """Learn from one batch.
@@ -259,22 +257,14 @@ class TrainStep(nn.Cell):
             The loss, () float32, and whether an update was made or only put off, () bool: False is an overflow.
         """
         (_, loss), gradients = self.gradient(*batch)
+        gradient = self.optimizer.flat(gradients)
         if self.accumulation > 1:
-            gradients = self._accumulated(gradients, first)
+            gradient = ops.assign(self.sum, ops.where(first, 0.0, self.sum) + gradient / self.accumulation)
             if not update:  # depend: a graph drops assignments that nothing it returns needs
-                return ops.depend(loss, gradients), Tensor(True)
+                return ops.depend(loss, gradient), Tensor(True)
         if self.processes > 1:
-            gradients = self._averaged(gradients)
-        return loss, self.optimizer(gradients, learning_rate)
-
-    def _averaged(self, gradients: tuple) -> tuple:
-        """The mean over all processes, in one message: hundreds of small ones would wait for each other."""
-        flat = self.all_reduce(ops.concat(self.optimizer.map(_flat, gradients)) / self.processes)
-        return self.optimizer.map(ops.partial(_part, flat), self.starts, self.sizes, gradients)
-
-    def _accumulated(self, gradients: tuple, first: Tensor) -> tuple:
-        """Add to the sums, which start anew with the first batch, and hand them out."""
-        return self.optimizer.map(ops.partial(_added, first, self.accumulation), self.sums, gradients)
+            gradient = self.all_reduce(gradient) / self.processes
+        return loss, self.optimizer(gradient, learning_rate)
 
 
 def recompute_blocks(unet: UNetModel) -> None:

@@ -7,9 +7,6 @@ from PIL import Image
 
 import image_variation_sd
 from image_variation_sd import main
-from ip_adapter.build import build_model
-from ip_adapter.cli import config_from, inference_parser
-from ip_adapter.graph_cache import keep_run_graphs
 from ldm.checkpoint_file import save_arrays
 from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures, psnr, shell
 
@@ -99,25 +96,6 @@ def test_demo_in_graph_mode(tmp_path):
     np.testing.assert_array_equal(again, compiled)
     assert psnr(compiled, made("pynative", "--ms_mode", "1")[0]) > 70
     assert psnr(plain, made("pynative_plain", "--ms_mode", "1", "--ip_scale", "0", "--seed", "7")[0]) > 70
-
-
-def test_kept_graphs_are_told_apart(merged, tmp_path, monkeypatch):
-    """By all that shapes a graph or the order of graphs, not by what goes through them."""
-    for name in ("MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"):
-        monkeypatch.setenv(name, "")  # to be taken back after the test
-    _, config = config_from(["--ckpt_path", str(merged)])
-    parser, model = inference_parser("", "1.5", config), build_model(merged, config.model)
-
-    def folder(*words):
-        args = parser.parse_args(["--img", str(DATA / "input.png"), *map(str, words)])
-        return keep_run_graphs(tmp_path, model, args)
-
-    plain = folder()
-    for same in (["--prompt", "a cat"], ["--seed", 3], ["--scale", 5], ["--ip_scale", 0], ["--output_path", "here"]):
-        assert folder(*same) == plain, same
-    for other in (["--scale", 1], ["--n_samples", 2], ["--H", 64], ["--dtype", "float16"], ["--deep_every", 2],
-                  ["--control_image", DATA / "hint.png", "--control_scale", 0.5]):
-        assert folder(*other) != plain, other
 
 
 def test_help_is_complete():

@@ -137,5 +137,5 @@ def test_the_first_command_makes_pictures(tmp_path):
 
 def test_ci_runs_the_test_command_of_the_page():
     ci = (ROOT / ".ci" / "run").read_text()
-    for part in ("-m pip install -r requirements.txt -r tests/requirements.txt", "-m pytest"):
+    for part in ("-m pip install -r requirements.txt -r tests/requirements.txt", "-m pytest -n 2 --dist loadfile"):
         assert part in BLOCKS[1] and part in ci

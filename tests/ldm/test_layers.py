@@ -18,6 +18,7 @@ from ldm.modules.layers import (
     LayerNorm,
     Linear,
     Upsample,
+    gelu,
     normed_conv,
     row_blocks,
     timestep_embedding,
@@ -169,3 +170,21 @@ def test_fused_attention(monkeypatch, size, dtype, used):
     y = cell(Tensor(q, dtype), Tensor(k, dtype), Tensor(v, dtype))
     np.testing.assert_allclose(y.asnumpy(), attend_by_definition(q, k, v, 2), atol=2e-2)
     assert taken == ([48] if used else []) and y.dtype == dtype
+
+
+def _gelu_sum(x):
+    return gelu(x).sum()
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
+def test_gelu_and_its_gradient(mode):
+    """x Phi(x), and Phi(x) + x phi(x), by Python's own erf."""
+    x = np.linspace(-6, 6, 97, dtype=np.float32)
+    below = np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
+    ms.set_context(mode=mode)
+    try:
+        y, slope = gelu(Tensor(x)), ms.grad(_gelu_sum)(Tensor(x))
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+    np.testing.assert_allclose(y.asnumpy(), x * below, atol=1e-6)
+    np.testing.assert_allclose(slope.asnumpy(), below + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi), atol=1e-6)
