@@ -75,16 +75,23 @@ class OptimizerConfig:
     scale_window: int = 0
 
 
+# Parameters with fewer elements are updated together, as one vector.
+PACKED = 1 << 16
+
+
 class AdamW(nn.Cell):
     """AdamW with bias correction; a step whose gradients overflow is skipped and the loss scale lowered.
 
-    All parameters are updated as one vector: a network has hundreds of small ones, and to call a dozen operators for
-    each takes longer than what they compute. Everything that is remembered is a parameter, so that a graph can change
-    it and a file can hold it.
+    Small parameters, of which a network has hundreds, are updated as one vector: to call a dozen operators for each
+    takes longer than what they compute. Everything that is remembered is a parameter, so that a graph can change it and
+    a file can hold it.
 
     Args:
         parameters: name -> parameter that trains, float32.
         config: settings.
+
+    Attributes:
+        parameters: those of `names`, the small ones first.
 
     Source:
         arXiv 1711.05101, algorithm 2.
@@ -92,40 +99,47 @@ class AdamW(nn.Cell):
 
     def __init__(self, parameters: dict, config: OptimizerConfig = OptimizerConfig()):
         super().__init__(auto_prefix=False)
-        self.config, self.names = config, list(parameters)
-        self.parameters = ParameterTuple(parameters.values())
-        self.sizes = tuple(int(np.prod(parameter.shape)) for parameter in self.parameters)
+        self.config, self.names = config, sorted(parameters, key=lambda name: parameters[name].size >= PACKED)
+        self.parameters = ParameterTuple([parameters[name] for name in self.names])
+        self.small = ParameterTuple([parameter for parameter in self.parameters if parameter.size < PACKED])
+        self.sizes = tuple(int(parameter.size) for parameter in self.small)
         self.starts = tuple(int(n) for n in np.cumsum((0,) + self.sizes[:-1]))
-        values = np.concatenate([parameter.asnumpy().reshape(-1) for parameter in self.parameters])
-        self.vector = _remembered(values, "parameter")  # what the parameters hold
+        packed = _packed([parameter.asnumpy() for parameter in self.parameters], len(self.small))
+        # What is updated: the vector of the small parameters, if there are any, and each large one.
+        vector = [_remembered(packed[0], "packed")] if self.small else []
+        self.values = ParameterTuple(vector + list(self.parameters[len(self.small):]))
         self.mean, self.square = self.zeros("mean"), self.zeros("square")
-        self.average = _remembered(values, "average") if config.ema_decay else None
+        self.average = self.zeros("average") if config.ema_decay else ()
+        for average, value in zip(self.average, packed):
+            average.set_data(Tensor(value))
         self.updates = _remembered(0.0, "updates")
         self.loss_scale = _remembered(config.loss_scale, "loss_scale")
         self.good_steps = _remembered(0.0, "good_steps")
         # A graph unrolls a loop into calls within calls; a map over a whole network stays flat.
-        self.map, self.dot, self.adam = ops.HyperMap(), ops.MatMul(transpose_b=True), ops.Adam()
+        self.map, self.add, self.adam = ops.HyperMap(), ops.AddN(), ops.Adam()
 
-    def zeros(self, name: str) -> Parameter:
-        """A vector of the parameters' size."""
-        return _remembered(np.zeros(sum(self.sizes)), name)
+    def zeros(self, kind: str) -> ParameterTuple:
+        """Zeros like what `gathered` gives."""
+        return ParameterTuple([_remembered(np.zeros(value.shape), f"{kind}.{n}")
+                               for n, value in enumerate(self.values)])
 
-    def flat(self, gradients: tuple) -> Tensor:
-        """One gradient for each parameter -> the vector of all."""
-        return ops.concat(self.map(_flat, gradients))
+    def gathered(self, gradients: tuple) -> tuple:
+        """One gradient for each parameter -> the vector of the small ones, if there are any, and each large one."""
+        small = len(self.small)
+        return (ops.concat(self.map(_flat, gradients[:small])),) + gradients[small:] if small else gradients
 
-    def construct(self, gradient: Tensor, learning_rate: Tensor) -> Tensor:
+    def construct(self, gradients: tuple, learning_rate: Tensor) -> Tensor:
         """Update all parameters.
 
         Args:
-            gradient: what `flat` gives for the gradients of the loss times `loss_scale`.
+            gradients: what `gathered` gives for those of the loss times `loss_scale`.
             learning_rate: () float32.
 
         Returns:
             () bool, whether the gradients were finite and the step was made.
         """
-        c, row = self.config, gradient.reshape((1, -1))
-        total = self.dot(row, row).reshape(()) / ops.square(self.loss_scale)  # a sum takes ten times as long on the CPU
+        c = self.config
+        total = self.add(self.map(_squares, gradients)).reshape(()) / ops.square(self.loss_scale)
         finite = ops.isfinite(total)
         made = finite.astype(ms.float32)  # 0 for a step that is skipped: then nothing below changes anything
         factor = 1.0 / self.loss_scale
@@ -136,16 +150,15 @@ class AdamW(nn.Cell):
         correct1, correct2 = -ops.expm1(updates * math.log(c.beta1)), -ops.expm1(updates * math.log(c.beta2))
         beta1, beta2 = 1 - made * (1 - c.beta1), 1 - made * (1 - c.beta2)
         correct1, correct2 = ops.where(finite, correct1, 1.0), ops.where(finite, correct2, 1.0)
-        gradient = ops.where(finite, gradient * factor, 0.0)
-        vector = ops.depend(self.vector, ops.assign(self.vector, self.vector * (1 - rate * c.weight_decay)))
         # The operator divides by sqrt(square) + epsilon, the paper by sqrt(square / correct2) + epsilon.
-        new = ops.depend(self.vector, self.adam(
-            vector, self.mean, self.square, 1 - correct1, 1 - correct2, rate, beta1, beta2,
-            c.epsilon * ops.sqrt(correct2), gradient))
-        done = self.map(ops.partial(_put, new), self.starts, self.sizes, self.parameters)
+        update = ops.partial(_adamw, self.adam, 1 - rate * c.weight_decay, finite, factor, 1 - correct1, 1 - correct2,
+                             rate, beta1, beta2, c.epsilon * ops.sqrt(correct2))
+        new = self.map(update, gradients, self.values, self.mean, self.square)
+        done = new
+        if self.small:
+            done += self.map(ops.partial(_put, new[0]), self.starts, self.sizes, self.small)
         if c.ema_decay > 0:
-            average = self.average + (new - self.average) * (made * (1 - c.ema_decay))
-            done = ops.depend(done, ops.assign(self.average, average))
+            done += self.map(ops.partial(_average, made * (1 - c.ema_decay)), self.average, new)
         finite = ops.depend(finite, done)  # a graph drops assignments that nothing it returns needs
         ops.assign(self.updates, updates)
         if c.scale_window > 0:
@@ -160,21 +173,24 @@ class AdamW(nn.Cell):
         ops.assign(self.loss_scale, ops.where(finite, risen, fallen))
         ops.assign(self.good_steps, ops.where(ops.logical_and(finite, ops.logical_not(full)), good, 0.0 * good))
 
-    def _vectors(self) -> list:
-        return [self.vector, self.mean, self.square] + [self.average] * bool(self.config.ema_decay)
+    def _remembers(self) -> dict:
+        """What is remembered of the parameters, by kind."""
+        kinds = {"parameter": self.values, "mean": self.mean, "square": self.square}
+        return {**kinds, "average": self.average} if self.config.ema_decay else kinds
 
     def _numbers(self) -> list:
         return [self.updates, self.loss_scale, self.good_steps]
 
-    def _by_name(self, vector: Parameter) -> dict:
-        values = vector.asnumpy()
-        return {name: values[start : start + size].reshape(parameter.shape) for name, start, size, parameter
-                in zip(self.names, self.starts, self.sizes, self.parameters)}
+    def _by_name(self, values: ParameterTuple) -> dict:
+        arrays = [value.asnumpy() for value in values]
+        small = [arrays[0][start : start + size] for start, size in zip(self.starts, self.sizes)]
+        return {name: array.reshape(parameter.shape) for name, parameter, array
+                in zip(self.names, self.parameters, small + arrays[bool(small):])}
 
     def state(self) -> dict:
         """Name -> array: the parameters and all that the next step depends on."""
-        return {**{f"{vector.name}.{name}": array for vector in self._vectors()
-                   for name, array in self._by_name(vector).items()},
+        return {**{f"{kind}.{name}": array for kind, values in self._remembers().items()
+                   for name, array in self._by_name(values).items()},
                 **{number.name: number.asnumpy() for number in self._numbers()}}
 
     def load_state(self, arrays: dict) -> None:
@@ -184,25 +200,59 @@ class AdamW(nn.Cell):
             KeyError: an array is missing.
             ValueError: an array has another shape.
         """
-        shapes = {name: array.shape for name, array in self.state().items()}
-        for name, shape in shapes.items():
-            if arrays[name].shape != shape:
-                raise ValueError(f"`{name}` has shape {arrays[name].shape}, expected {shape}")
-        for vector in self._vectors():
-            vector.set_data(Tensor(np.concatenate([arrays[f"{vector.name}.{name}"].reshape(-1)
-                                                   for name in self.names])))
+        for name, held in self.state().items():
+            if arrays[name].shape != held.shape:
+                raise ValueError(f"`{name}` has shape {arrays[name].shape}, expected {held.shape}")
+        for kind, values in self._remembers().items():
+            packed = _packed([arrays[f"{kind}.{name}"] for name in self.names], len(self.small))
+            for value, array in zip(values, packed):
+                value.set_data(Tensor(array))
         for number in self._numbers():
             number.set_data(Tensor(arrays[number.name]))
-        for name, parameter in zip(self.names, self.parameters):
-            parameter.set_data(Tensor(arrays[f"{self.vector.name}.{name}"]))
+        for name, parameter in zip(self.names, self.small):
+            parameter.set_data(Tensor(arrays[f"parameter.{name}"]))
 
     def trained(self) -> dict:
         """Name -> array of what to use and publish: the averages if there are any, else the parameters."""
-        return self._by_name(self.average if self.config.ema_decay else self.vector)
+        return self._by_name(self.average or self.values)
 
 
 def _remembered(value: float | np.ndarray, name: str) -> Parameter:
     return Parameter(Tensor(value, ms.float32), name, requires_grad=False)
+
+
+def _packed(arrays: list, small: int) -> list:
+    """The first `small` arrays as one vector, if there are any, and the others."""
+    vector = [np.concatenate([array.reshape(-1) for array in arrays[:small]])] if small else []
+    return vector + arrays[small:]
+
+
+def _squares(gradient: Tensor) -> Tensor:
+    """The sum of squares, (1, 1): as a product, since the CPU's reductions take ten times as long."""
+    flat = gradient.reshape((1, -1))
+    return ops.MatMul(transpose_b=True)(flat, flat)
+
+
+def _adamw(adam, decay: Tensor, finite: Tensor, factor: Tensor, power1: Tensor, power2: Tensor, rate: Tensor,
+           beta1: Tensor, beta2: Tensor, epsilon: Tensor, gradient: Tensor, parameter: Parameter, mean: Parameter,
+           square: Parameter) -> Tensor:
+    """Shrink a parameter by its decay, then update it and its two moments; returns what it is now."""
+    gradient = ops.where(finite, gradient * factor, 0.0)
+    parameter = ops.depend(parameter, ops.assign(parameter, parameter * decay))
+    return ops.depend(parameter, adam(parameter, mean, square, power1, power2, rate, beta1, beta2, epsilon, gradient))
+
+
+def _average(weight: Tensor, average: Parameter, new: Tensor) -> Tensor:
+    return ops.assign(average, average + (new - average) * weight)
+
+
+def _added(first: Tensor, accumulation: int, total: Parameter, gradient: Tensor) -> Tensor:
+    """Add one gradient to a sum, which starts anew with the first batch."""
+    return ops.assign(total, ops.where(first, 0.0, total) + gradient / accumulation)
+
+
+def _meaned(all_reduce, processes: int, gradient: Tensor) -> Tensor:
+    return all_reduce(gradient) / processes
 
 
 def _flat(gradient: Tensor) -> Tensor:
@@ -239,10 +289,10 @@ class TrainStep(nn.Cell):
     def __init__(self, loss: nn.Cell, optimizer: AdamW, accumulation: int = 1, processes: int = 1):
         super().__init__(auto_prefix=False)
         self.optimizer, self.accumulation, self.processes = optimizer, accumulation, processes
-        self.all_reduce = ops.AllReduce() if processes > 1 else None
+        self.all_reduce, self.map = ops.AllReduce() if processes > 1 else None, ops.HyperMap()
         self.gradient = ms.value_and_grad(_ScaledLoss(loss, optimizer.loss_scale), None, optimizer.parameters,
                                           has_aux=True)
-        self.sum = optimizer.zeros("sum") if accumulation > 1 else None
+        self.sums = optimizer.zeros("sum") if accumulation > 1 else ()
 
     def construct(self, learning_rate: Tensor, first: Tensor, update: bool, *batch: Tensor) -> tuple:
         """Learn from one batch.
@@ -257,14 +307,14 @@ class TrainStep(nn.Cell):
             The loss, () float32, and whether an update was made or only put off, () bool: False is an overflow.
         """
         (_, loss), gradients = self.gradient(*batch)
-        gradient = self.optimizer.flat(gradients)
+        gradients = self.optimizer.gathered(gradients)
         if self.accumulation > 1:
-            gradient = ops.assign(self.sum, ops.where(first, 0.0, self.sum) + gradient / self.accumulation)
+            gradients = self.map(ops.partial(_added, first, self.accumulation), self.sums, gradients)
             if not update:  # depend: a graph drops assignments that nothing it returns needs
-                return ops.depend(loss, gradient), Tensor(True)
+                return ops.depend(loss, gradients), Tensor(True)
         if self.processes > 1:
-            gradient = self.all_reduce(gradient) / self.processes
-        return loss, self.optimizer(gradient, learning_rate)
+            gradients = self.map(ops.partial(_meaned, self.all_reduce, self.processes), gradients)
+        return loss, self.optimizer(gradients, learning_rate)
 
 
 def recompute_blocks(unet: UNetModel) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
+import ip_adapter.training as training
 from ip_adapter.training import (
     AdamW,
     NoisePredictionLoss,
@@ -62,10 +63,13 @@ def by_formula(data: list, config: OptimizerConfig, rate: float = 0.01) -> np.nd
     return np.concatenate([p, average])
 
 
-@pytest.fixture(params=[0, 1], ids=["graph", "pynative"])
-def mode(request):
-    ms.set_context(mode=request.param)
-    yield request.param
+@pytest.fixture(params=[(0, 2), (1, 3), (1, 0)], ids=["graph", "pynative, all packed", "pynative, none packed"])
+def mode(request, monkeypatch):
+    """The mode, and from how many elements on a parameter is updated by itself; `a` has 2, `b` 1."""
+    mode, packed = request.param
+    monkeypatch.setattr(training, "PACKED", packed)
+    ms.set_context(mode=mode)
+    yield mode
     ms.set_context(mode=1)
 
 
