@@ -200,9 +200,11 @@ class AdamW(nn.Cell):
             KeyError: an array is missing.
             ValueError: an array has another shape.
         """
-        for name, held in self.state().items():
-            if arrays[name].shape != held.shape:
-                raise ValueError(f"`{name}` has shape {arrays[name].shape}, expected {held.shape}")
+        shapes = {f"{kind}.{name}": tuple(parameter.shape) for kind in self._remembers()
+                  for name, parameter in zip(self.names, self.parameters)}
+        for name, shape in {**shapes, **{number.name: () for number in self._numbers()}}.items():
+            if arrays[name].shape != shape:
+                raise ValueError(f"`{name}` has shape {arrays[name].shape}, expected {shape}")
         for kind, values in self._remembers().items():
             packed = _packed([arrays[f"{kind}.{name}"] for name in self.names], len(self.small))
             for value, array in zip(values, packed):

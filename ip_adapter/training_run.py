@@ -192,14 +192,13 @@ class TrainingRun:
             yield lambda row: None
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path, kept = self.folder / "log.csv", self.folder / "log.csv.new"
-        with open(kept, "w", newline="", encoding="utf-8") as file:
+        fresh = self.folder / "log.csv.new"
+        with open(fresh, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS)
             writer.writeheader()
             writer.writerows(self.history)
-        kept.replace(path)  # a run killed at any moment leaves the rows of all before it
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
+            file.flush()
+            fresh.replace(self.folder / "log.csv")  # killed at any moment, a run leaves the rows of all before it
 
             def write(row: dict) -> None:
                 self.history.append(row)
