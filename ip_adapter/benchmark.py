@@ -1,4 +1,4 @@
-"""Units of the work users wait for, to be timed: loading, a step, whole pictures, training, merging.
+"""Units of the work users wait for, to be timed: whole commands, loading, a step, pictures, training, merging.
 
 Only what is timed is here. `tools/benchmark.py` runs it, alone or in turns with the same work in diffusers
 (tests/record/reference_benchmark.py), each in a process of its own.
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -20,8 +22,9 @@ from PIL import Image
 
 from ip_adapter.adapter_file import adapter_parameters
 from ip_adapter.build import ExtraParts, ImagePromptModel, build_model
-from ip_adapter.config import InferenceConfig
+from ip_adapter.config import ROOT, InferenceConfig
 from ip_adapter.dataset import ImageTextDataset
+from ip_adapter.demo_training import DEMO, DEMO_XL
 from ip_adapter.families import family_of
 from ip_adapter.features import FrozenEncoders
 from ip_adapter.image_prompt import ImageProjConfig
@@ -36,12 +39,15 @@ from ldm.ddim import KeptRegion
 from ldm.modules.clip import CLIPImageConfig, CLIPTextConfig
 from ldm.modules.unet import UNetConfig
 
+# Of stand-ins. Those of the demo models begin with 64 channels, not with 32 and then 64: diffusers has but one number.
 SIZES = {"1.5": ModelSizes(), "xl": ModelSizes(
     unet=UNetConfig(channel_mult=(1, 2, 4), transformer_depth=(0, 2, 10), middle_depth=10, context_dim=2048,
                     num_heads=-1, num_head_channels=64, use_linear=True, adm_in_channels=2816),
     texts=(CLIPTextConfig(), CLIPTextConfig(1280, 32, 20, 5120, "gelu", 1280)),
     image=CLIPImageConfig(1664, 48, 16, 8192, embed_dim=1280),
-    proj=ImageProjConfig(embed_dim=1280, context_dim=2048))}
+    proj=ImageProjConfig(embed_dim=1280, context_dim=2048)),
+    "demo": replace(DEMO, unet=replace(DEMO.unet, model_channels=64, channel_mult=(1, 1, 2, 2))),
+    "xl_demo": replace(DEMO_XL, unet=replace(DEMO_XL.unet, model_channels=64, channel_mult=(1, 1, 1)))}
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,12 @@ SETTINGS = (
     Setting("controlnet", "xl", 3, 1024, 1024, 30, 2.55, 0.25),
     *(Setting(task, version, 1, size, size, 1) for version, size in (("1.5", 512), ("xl", 1024))
       for task in ("unet_step", "train_uncached", "load", "merge")),
+    Setting("command", "1.5", 1, 512, 512, 20), Setting("command", "xl", 1, 512, 512, 3),
     Setting("read", "1.5", 16, 512, 512, 4), Setting("read", "xl", 4, 1024, 1024, 4),
     *(Setting(task, version, batch, 96, 96, steps) for version in ("demo", "xl_demo") for task, batch, steps in (
         ("train", 32, 1), ("train_uncached", 32, 1), ("image_variation", 4, 20), ("image_to_image", 4, 12),
-        ("inpainting", 4, 14), ("controlnet", 4, 20), ("unet_step", 4, 1), ("load", 1, 1), ("merge", 1, 1),
-        ("read", 32, 4))),
+        ("inpainting", 4, 14), ("controlnet", 4, 20), ("unet_step", 4, 1), ("command", 4, 20), ("load", 1, 1),
+        ("merge", 1, 1), ("read", 32, 4))),
 )
 TASKS = tuple(dict.fromkeys(setting.task for setting in SETTINGS))
 ALONE = ("load", "merge", "read")  # what is not held against diffusers
@@ -105,7 +112,7 @@ def noise_picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str) -> tuple:
+def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str, flags: tuple = ()) -> tuple:
     """Do what comes before the work that is timed.
 
     Args:
@@ -113,6 +120,7 @@ def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str
         weights: merged checkpoint.
         config: of its version.
         dtype: "float32" or "float16".
+        flags: more words for a whole command.
 
     Returns:
         Seconds it took to load, and the unit of work: a function that returns its seconds, and those of its steps.
@@ -121,6 +129,8 @@ def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str
         return 0.0, functools.partial(_merge, weights)
     if setting.task == "read":
         return 0.0, functools.partial(_read, setting)
+    if setting.task == "command":
+        return 0.0, functools.partial(_command, setting, weights, flags)
     begun = time.perf_counter()
     training = setting.task.startswith("train")
     extra = ExtraParts(controlnets=[None] * (setting.task == "controlnet"))
@@ -135,8 +145,26 @@ def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str
 
 
 def peak_memory() -> int:
-    """Bytes this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes this process, or the largest it has waited for, has held at most."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+
+
+def _command(setting: Setting, weights: Path, flags: tuple) -> tuple:
+    """A script from the shell to its pictures on disk: start, load, compile and steps."""
+    script, latent = "image_variation_sd.py", (setting.batch_size, 4, setting.height // 8, setting.width // 8)
+    if setting.version.startswith("xl"):
+        script = "image_variation_sdxl.py"
+    with tempfile.TemporaryDirectory() as folder:
+        picture, noise = Path(folder) / "picture.png", Path(folder) / "noise.npy"
+        noise_picture(setting.width, setting.height).save(picture)
+        np.save(noise, np.random.default_rng(0).standard_normal(latent, np.float32))
+        words = [sys.executable, ROOT / script, "--version", setting.version.removeprefix("xl_"), "--ckpt_path",
+                 weights, "--img", picture, "--latents", noise, "--H", setting.height, "--W", setting.width,
+                 "--sampling_steps", setting.steps, "--output_path", Path(folder) / "pictures", *flags]
+        begun = time.perf_counter()
+        subprocess.run([str(word) for word in words], stdout=sys.stderr, check=True)
+        seconds = time.perf_counter() - begun
+    return seconds, seconds
 
 
 def _merge(weights: Path) -> tuple:

@@ -35,7 +35,7 @@ from ip_adapter.cli import (  # noqa: E402
     multiple_of_8,
     start_logging,
 )
-from ip_adapter.config import ROOT, InferenceConfig  # noqa: E402
+from ip_adapter.config import ROOT, InferenceConfig, ModelConfig  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
 from ip_adapter.merge import merge  # noqa: E402
 from ip_adapter.standins import write_standins  # noqa: E402
@@ -43,6 +43,7 @@ from ldm.device import default_dtype, start_device  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
 REFERENCE = ROOT / "tests" / "record" / "reference_benchmark.py"
+DEVICE_FLAGS = "device_target", "ms_mode", "dtype", "cpu_threads"
 SWEPT = {"batch_size": ("batch_size",), "size": ("H", "W"), "steps": ("steps",)}  # and the flags it stands for
 
 
@@ -74,9 +75,8 @@ def main(argv: list | None = None) -> None:
     if args.worker:
         serve(args, config)
         return
-    if args.against and (args.weights or version in DEMOS):
-        raise UserError("--against diffusers works on the seeded stand-ins; leave out --weights and --version "
-                        "demo or xl_demo")
+    if args.against and args.weights:
+        raise UserError("--against diffusers works on the seeded stand-ins; leave out --weights")
     known = [s.task for s in SETTINGS if s.version == version]
     unknown = [task for task in args.task or () if task not in known]
     if unknown:
@@ -90,13 +90,15 @@ def main(argv: list | None = None) -> None:
     tasks = args.task or [task for task in known if args.against is None or task not in ALONE]
     with ExitStack() as stack:
         folder = args.standins or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        args.weights = args.weights or find_weights(version, config, folder)
+        if not args.weights:
+            demo = version in DEMOS and not args.against
+            args.weights = first_existing(config.ckpt_path, "--weights") if demo else write_weights(version, folder)
         rows = []
         logging.info("%s", " ".join(f"{name:>{width}}" for name, width in COLUMNS))
         for task, value in itertools.product(tasks, values):
             for name in SWEPT.get(swept, ()):
                 setattr(args, name, value)
-            rows.append(measure(args, task, folder))
+            rows.append(measure(args, task, folder, config.model))
             print(table_line(rows[-1]), flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
@@ -114,14 +116,12 @@ def sweep(text: str) -> tuple:
                   for value in values.split(",")]
 
 
-def find_weights(version: str, config: InferenceConfig, folder: Path) -> Path:
-    """The demo model, or stand-ins in their published sizes, made once a folder."""
-    if version in DEMOS:
-        return first_existing(config.ckpt_path, "--weights")
+def write_weights(version: str, folder: Path) -> Path:
+    """Stand-ins in the sizes of a version, made once a folder, and the file they are merged into."""
     merged = folder / f"merged-{version}.safetensors"
     if not merged.exists():
         logging.info("writing stand-ins of %s into %s", version, folder)
-        family = SDXL if version == "xl" else SD15
+        family = SDXL if version.startswith("xl") else SD15
         merge(family, **write_standins(folder / version, SIZES[version], family=family), out=merged)
     return merged
 
@@ -131,20 +131,22 @@ def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     setting = setting_of(args.task[0], args.version, batch_size=args.batch_size, height=args.H, width=args.W,
                          steps=args.steps)
-    loaded, work = prepare(setting, args.weights, config, args.dtype or default_dtype())
+    flags = [word for flag in DEVICE_FLAGS if getattr(args, flag) is not None
+             for word in (f"--{flag}", getattr(args, flag))]
+    loaded, work = prepare(setting, args.weights, config, args.dtype or default_dtype(), tuple(flags))
     print(json.dumps({"load_seconds": loaded, "setting": asdict(setting)}), flush=True)
     for _ in sys.stdin:
         seconds, stepping = work()
         print(json.dumps({"seconds": seconds, "stepping": stepping, "peak_memory_bytes": peak_memory()}), flush=True)
 
 
-def measure(args: argparse.Namespace, task: str, standins: Path) -> dict:
+def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelConfig) -> dict:
     """One row: the work here, and if asked there, in turns, so that a change of the machine's speed meets both."""
     shared = ["--task", task, "--version", args.version]
     for flag in ("batch_size", "H", "W", "steps"):
         shared += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) is not None else []
     words = [sys.executable, __file__, "--worker", *shared, "--weights", args.weights]
-    for flag in ("config", "device_target", "ms_mode", "dtype", "cpu_threads"):
+    for flag in ("config", *DEVICE_FLAGS):
         words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) is not None else []
     sides = []
     try:
@@ -153,6 +155,8 @@ def measure(args: argparse.Namespace, task: str, standins: Path) -> dict:
         if args.against and task not in ALONE:
             full = [word for key in ("task", "version", "batch_size", "height", "width", "steps")
                     for word in (f"--{key}", setting[key])]
+            full += [word for key in ("num_heads", "num_head_channels", "norm_groups")
+                     for word in (f"--{key}", getattr(model, key))]
             sides.append(Side([args.torch_python, REFERENCE, *full, "--standins", standins / args.version,
                                "--threads", args.cpu_threads]))
         for _ in range(1 if task in ("load", "merge") else args.repeat + 1):
@@ -164,7 +168,8 @@ def measure(args: argparse.Namespace, task: str, standins: Path) -> dict:
             side.process.wait()
     by_step = task.startswith("train") or task in ("unet_step", "read")  # others make a batch in all their steps
     images = setting["batch_size"] * (setting["steps"] if by_step else 1)
-    ours, *other = (side.figures(setting["steps"], images) for side in sides)
+    steps = 1 if task == "command" else setting["steps"]  # what a command takes is not its steps alone
+    ours, *other = (side.figures(steps, images) for side in sides)
     row = {**{key: value for key, value in setting.items() if not key.endswith("per_second")}, **ours,
            "ascend_910": {key: setting[key] for key in ("steps_per_second", "images_per_second")}}
     if task in ("load", "merge"):  # neither has steps

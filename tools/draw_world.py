@@ -18,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
 from ip_adapter.cli import Parser, execute, in_range, start_logging  # noqa: E402
-from ip_adapter.drawn_world import caption, draw, random_scene, training_caption  # noqa: E402
+from ip_adapter.drawn_world import CAPTIONS, draw, random_scene, training_caption  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
 
@@ -32,7 +32,9 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--alike", type=in_range(int, 1, 10_000_000), default=1,
                         help="so many pictures in a row have the same two colours, so that shapes and places tell them "
                              "apart: what a text and image encoder otherwise need not learn")
-    parser.add_argument("--whole_captions", action="store_true", help="captions name everything, for the same purpose")
+    parser.add_argument("--captions", choices=list(CAPTIONS), default="mixed",
+                        help="whole ones name everything, for the same purpose; partial ones leave most to the picture "
+                             "prompt, for adapters; mixed ones are for UNets and ControlNets")
     args = parser.parse_args(argv)
     start_logging()
     out = args.out.resolve()
@@ -65,8 +67,7 @@ def write_pictures(folder: Path, args: argparse.Namespace) -> None:
         scene = random_scene(rng, colours)
         name = f"{number:0{digits}d}.png"
         draw(scene, args.size).save(folder / name)
-        words = caption if args.whole_captions else training_caption
-        captions.append({"dir": name, "text": words(scene, rng)})
+        captions.append({"dir": name, "text": training_caption(scene, rng, args.captions)})
         scenes.append({"dir": name, **asdict(scene)})
     for name, rows in (("img_txt.csv", captions), ("scenes.csv", scenes)):
         with open(folder / name, "w", newline="", encoding="utf-8") as file:

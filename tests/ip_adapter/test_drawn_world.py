@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ip_adapter.drawn_world import (
+    CAPTIONS,
     COLOURS,
     NEUTRAL,
     SHAPES,
@@ -147,18 +148,21 @@ def test_captions_name_what_is_drawn_and_places_are_true():
     assert set(true) <= said
 
 
-def test_captions_to_train_on_say_nothing_wrong():
+@pytest.mark.parametrize("captions", CAPTIONS)
+def test_captions_to_train_on_say_nothing_wrong(captions):
     """Some are whole, some partial, some say nothing; which, follows from the generator alone."""
-    said = [(scene, training_caption(scene, np.random.default_rng(n))) for n, scene in enumerate(scenes(1000))]
+    said = [(scene, training_caption(scene, np.random.default_rng(n), captions))
+            for n, scene in enumerate(scenes(1000))]
     kinds = {"whole": 0, "partial": 0, "neutral": 0}
     for scene, text in said:
         words = set(text.replace(",", "").split())
         assert words & set(COLOURS) <= {scene.colour, scene.ground} and words & set(SHAPES) <= {scene.shape}
         whole = {scene.colour, scene.ground, scene.shape} <= words
         kinds["whole" if whole else "neutral" if text in NEUTRAL else "partial"] += 1
-    assert (kinds["whole"], kinds["partial"], kinds["neutral"]) == pytest.approx((800, 120, 80), abs=60)
+    assert tuple(kinds.values()) == pytest.approx([1000 * share for share in CAPTIONS[captions]], abs=60)
     assert sum(text.startswith(f"{NEUTRAL[0]}, ") for _, text in said) == pytest.approx(90, abs=40)
-    assert all(text == training_caption(scene, np.random.default_rng(n)) for n, (scene, text) in enumerate(said))
+    assert all(text == training_caption(scene, np.random.default_rng(n), captions)
+               for n, (scene, text) in enumerate(said))
 
 
 @pytest.mark.parametrize("x, y, words", [

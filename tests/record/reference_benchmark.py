@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for flag in ("--task", "--version"):
         parser.add_argument(flag, required=True)
-    for flag in ("--batch_size", "--height", "--width", "--steps", "--threads"):
+    for flag in ("--batch_size", "--height", "--width", "--steps", "--threads", "--num_heads", "--num_head_channels",
+                 "--norm_groups"):
         parser.add_argument(flag, type=int, required=True)
     parser.add_argument("--standins", type=Path, required=True)
     args = parser.parse_args()
@@ -48,7 +51,7 @@ def main() -> None:
         except EOFError:
             return
         seconds, stepping = work()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
         print(json.dumps({"seconds": seconds, "stepping": stepping, "peak_memory_bytes": peak}), flush=True)
 
 
@@ -58,7 +61,7 @@ def build(args: argparse.Namespace) -> Callable:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (args.height, args.width, 3), np.uint8))
     path = folder / "picture.png"
     picture.save(path)
-    xl = args.version == "xl"
+    xl = args.version.startswith("xl")
     base, adapter, control = (("sd_xl_base_1.0", "ip-adapter_sdxl", "controlnet-depth-sdxl-1.0") if xl else
                               ("v1-5-pruned-emaonly", "ip-adapter_sd15", "control_v11f1p_sd15_depth"))
     net = str(folder / control / "diffusion_pytorch_model.safetensors")
@@ -66,21 +69,24 @@ def build(args: argparse.Namespace) -> Callable:
     shared = SimpleNamespace(
         image_encoder=str(folder / "IP-Adapter" / "image_encoder" / "model.safetensors"), dtype="float32",
         ip_adapter=str(folder / "IP-Adapter" / f"{adapter}.safetensors"), tokenizer=record_tokenizer.MERGES,
-        img=str(path), prompt=PROMPT, negative_prompt=NEGATIVE, ip_scale=1.0, head_channels=64, strength=1.0,
+        img=str(path), prompt=PROMPT, negative_prompt=NEGATIVE, ip_scale=1.0, strength=1.0,
+        head_channels=args.num_head_channels,
         vae=None, ref_img=None, ref_mask=None, base=str(folder / f"{base}.safetensors"),
         sd=str(folder / f"{base}.safetensors"), controlnet=(net if xl else [net]) if with_net else None if xl else [])
     if args.task.startswith("train"):
         return training(args, shared, picture)
+    if args.task == "command":
+        return lambda: command(args, shared)
     if xl:
         with torch.no_grad():
             given = reference_sdxl.encode(shared)
-        pipe = reference_sdxl.build_pipeline(shared)
+        pipe = resized(reference_sdxl.build_pipeline(shared), args)
     else:
         if args.task == "image_to_image":
             shared.ref_img = str(path)
         if args.task == "inpainting":
             shared.ref_img = shared.ref_mask = str(path)
-        pipe = reference_sd.build_pipeline(shared)
+        pipe = resized(reference_sd.build_pipeline(shared), args)
         with torch.no_grad():
             prompts = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
             embedding, zeros = pipe.encode_image(picture, "cpu", 1)
@@ -89,12 +95,39 @@ def build(args: argparse.Namespace) -> Callable:
     return single_steps(args, pipe, given) if args.task == "unet_step" else pictures(args, pipe, given, picture)
 
 
+def command(args: argparse.Namespace, shared: SimpleNamespace) -> tuple:
+    """The script that makes the same pictures: start, load and steps."""
+    xl, noise = args.version.startswith("xl"), args.standins / "noise.npy"
+    np.save(noise, np.zeros((args.batch_size, 4, args.height // 8, args.width // 8), np.float32))
+    flags = {"--base": shared.base, "--sample_step": args.steps, "--head_channels": args.num_head_channels} if xl else {
+        "--sd": shared.base, "--sampling_steps": args.steps, "--threads": args.threads or torch.get_num_threads()}
+    flags.update({"--image_encoder": shared.image_encoder, "--ip_adapter": shared.ip_adapter, "--img": shared.img,
+                  "--latents": noise, "--H": args.height, "--W": args.width, "--output": args.standins / "pictures"})
+    words = [sys.executable, (reference_sdxl if xl else reference_sd).__file__]
+    words += [str(word) for pair in flags.items() for word in pair]
+    begun = time.perf_counter()
+    subprocess.run(words, stdout=sys.stderr, check=True)
+    seconds = time.perf_counter() - begun
+    return seconds, seconds
+
+
+def resized(pipe, args: argparse.Namespace):
+    """The same pipeline with heads and groups that shapes of tensors do not tell, as the demo models have."""
+    networks = [net for net in (pipe.unet, pipe.vae, getattr(pipe, "controlnet", None)) if net is not None]
+    for name, module in (pair for net in networks for pair in net.named_modules()):
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = args.norm_groups
+        if args.num_heads > 0 and name.endswith(("attn1", "attn2")):
+            module.heads = args.num_heads
+    return pipe
+
+
 def single_steps(args: argparse.Namespace, pipe, given: dict) -> Callable:
     """Guided steps of the UNet without a sampler."""
     n, pair = args.batch_size, ("negative_prompt_embeds", "prompt_embeds")
     text = torch.cat([given[name].expand(n, -1, -1) for name in pair])
     added = {"image_embeds": [given["ip_adapter_image_embeds"][0].repeat_interleave(n, 0)]}
-    if args.version == "xl":
+    if args.version.startswith("xl"):
         sizes = torch.tensor([[args.height, args.width, 0, 0, args.height, args.width]] * 2 * n, dtype=torch.float32)
         pooled = torch.cat([given[name].expand(n, -1) for name in ("negative_pooled_prompt_embeds",
                                                                    "pooled_prompt_embeds")])
@@ -118,7 +151,7 @@ def pictures(args: argparse.Namespace, pipe, given: dict, picture: Image.Image) 
     """Whole pictures; `steps` of them are run, so strength is 1."""
     words = {"image_to_image": {"image": picture, "strength": 1.0},
              "inpainting": {"image": picture, "strength": 1.0, "mask_image": picture},
-             "controlnet": {"image": picture if args.version == "xl" else [picture]}}.get(args.task, {})
+             "controlnet": {"image": picture if args.version.startswith("xl") else [picture]}}.get(args.task, {})
     if args.task != "image_to_image":
         words.update(height=args.height, width=args.width)
 
@@ -141,16 +174,16 @@ def pictures(args: argparse.Namespace, pipe, given: dict, picture: Image.Image) 
 def training(args: argparse.Namespace, shared: SimpleNamespace, picture: Image.Image) -> Callable:
     """The official scripts' step."""
     n, sizes = args.batch_size, [[args.height, args.width, 0, 0, args.height, args.width]]
-    if args.version == "xl":
-        pipe, texts, images = (reference_sdxl.build_pipeline(shared), reference_sdxl.text_pipeline(shared),
-                               reference_sdxl.image_pipeline(shared))
+    if args.version.startswith("xl"):
+        pipe, texts, images = (resized(reference_sdxl.build_pipeline(shared), args),
+                               reference_sdxl.text_pipeline(shared), reference_sdxl.image_pipeline(shared))
 
         def text() -> tuple:
             states, _, pooled, _ = texts.encode_prompt(["a picture"] * n, device="cpu",
                                                        do_classifier_free_guidance=False)
             return states, {"text_embeds": pooled, "time_ids": torch.tensor(sizes * n, dtype=torch.float32)}
     else:
-        pipe = images = reference_sd.build_pipeline(shared)
+        pipe = images = resized(reference_sd.build_pipeline(shared), args)
 
         def text() -> tuple:
             tokens = pipe.tokenizer(["a picture"] * n, padding="max_length", return_tensors="pt").input_ids

@@ -46,7 +46,7 @@ def test_more_pictures_start_with_the_same(tmp_path, outcome):
 
 
 def test_alike_pictures_differ_by_shape_and_place(tmp_path, outcome):
-    flags = ["--out", tmp_path / "alike", "--count", "16", "--size", "32", "--alike", "8", "--whole_captions"]
+    flags = ["--out", tmp_path / "alike", "--count", "16", "--size", "32", "--alike", "8", "--captions", "whole"]
     assert outcome(DRAW, *flags)[0] == 0
     drawn = pandas.read_csv(tmp_path / "alike" / "scenes.csv")
     texts = pandas.read_csv(tmp_path / "alike" / "img_txt.csv")["text"]
