@@ -98,7 +98,8 @@ def build(args: argparse.Namespace) -> Callable:
 def command(args: argparse.Namespace, shared: SimpleNamespace) -> tuple:
     """The script that makes the same pictures: start, load and steps."""
     xl, noise = args.version.startswith("xl"), args.standins / "noise.npy"
-    np.save(noise, np.zeros((args.batch_size, 4, args.height // 8, args.width // 8), np.float32))
+    shape = args.batch_size, 4, args.height // 8, args.width // 8
+    np.save(noise, np.random.default_rng(0).standard_normal(shape, np.float32))
     flags = {"--base": shared.base, "--sample_step": args.steps, "--head_channels": args.num_head_channels} if xl else {
         "--sd": shared.base, "--sampling_steps": args.steps, "--threads": args.threads or torch.get_num_threads()}
     flags.update({"--image_encoder": shared.image_encoder, "--ip_adapter": shared.ip_adapter, "--img": shared.img,
