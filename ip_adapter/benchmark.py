@@ -13,7 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -112,7 +112,7 @@ def noise_picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str, flags: tuple = ()) -> tuple:
+def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str, flags: Sequence = ()) -> tuple:
     """Do what comes before the work that is timed.
 
     Args:
@@ -149,11 +149,10 @@ def peak_memory() -> int:
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
 
 
-def _command(setting: Setting, weights: Path, flags: tuple) -> tuple:
+def _command(setting: Setting, weights: Path, flags: Sequence) -> tuple:
     """A script from the shell to its pictures on disk: start, load, compile and steps."""
-    script, latent = "image_variation_sd.py", (setting.batch_size, 4, setting.height // 8, setting.width // 8)
-    if setting.version.startswith("xl"):
-        script = "image_variation_sdxl.py"
+    script = f"image_variation_{'sdxl' if setting.version.startswith('xl') else 'sd'}.py"
+    latent = setting.batch_size, 4, setting.height // 8, setting.width // 8
     with tempfile.TemporaryDirectory() as folder:
         picture, noise = Path(folder) / "picture.png", Path(folder) / "noise.npy"
         noise_picture(setting.width, setting.height).save(picture)

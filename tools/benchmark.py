@@ -131,23 +131,22 @@ def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     setting = setting_of(args.task[0], args.version, batch_size=args.batch_size, height=args.H, width=args.W,
                          steps=args.steps)
-    flags = [word for flag in DEVICE_FLAGS if getattr(args, flag) is not None
-             for word in (f"--{flag}", getattr(args, flag))]
-    loaded, work = prepare(setting, args.weights, config, args.dtype or default_dtype(), tuple(flags))
+    loaded, work = prepare(setting, args.weights, config, args.dtype or default_dtype(), given(args, *DEVICE_FLAGS))
     print(json.dumps({"load_seconds": loaded, "setting": asdict(setting)}), flush=True)
     for _ in sys.stdin:
         seconds, stepping = work()
         print(json.dumps({"seconds": seconds, "stepping": stepping, "peak_memory_bytes": peak_memory()}), flush=True)
 
 
+def given(args: argparse.Namespace, *flags: str) -> list:
+    """The words of a command line that set these flags as here; those without a value are left out."""
+    return [word for flag in flags if getattr(args, flag) is not None for word in (f"--{flag}", getattr(args, flag))]
+
+
 def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelConfig) -> dict:
     """One row: the work here, and if asked there, in turns, so that a change of the machine's speed meets both."""
-    shared = ["--task", task, "--version", args.version]
-    for flag in ("batch_size", "H", "W", "steps"):
-        shared += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) is not None else []
-    words = [sys.executable, __file__, "--worker", *shared, "--weights", args.weights]
-    for flag in ("config", *DEVICE_FLAGS):
-        words += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) is not None else []
+    words = [sys.executable, __file__, "--worker", "--task", task,
+             *given(args, "version", "batch_size", "H", "W", "steps", "weights", "config", *DEVICE_FLAGS)]
     sides = []
     try:
         sides.append(Side(words))

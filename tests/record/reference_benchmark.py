@@ -40,6 +40,7 @@ def main() -> None:
         parser.add_argument(flag, type=int, required=True)
     parser.add_argument("--standins", type=Path, required=True)
     args = parser.parse_args()
+    args.xl = args.version.startswith("xl")
     if args.threads:
         torch.set_num_threads(args.threads)
     begun = time.perf_counter()
@@ -61,10 +62,9 @@ def build(args: argparse.Namespace) -> Callable:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (args.height, args.width, 3), np.uint8))
     path = folder / "picture.png"
     picture.save(path)
-    xl = args.version.startswith("xl")
-    base, adapter, control = (("sd_xl_base_1.0", "ip-adapter_sdxl", "controlnet-depth-sdxl-1.0") if xl else
+    base, adapter, control = (("sd_xl_base_1.0", "ip-adapter_sdxl", "controlnet-depth-sdxl-1.0") if args.xl else
                               ("v1-5-pruned-emaonly", "ip-adapter_sd15", "control_v11f1p_sd15_depth"))
-    net = str(folder / control / "diffusion_pytorch_model.safetensors")
+    xl, net = args.xl, str(folder / control / "diffusion_pytorch_model.safetensors")
     with_net = args.task == "controlnet"
     shared = SimpleNamespace(
         image_encoder=str(folder / "IP-Adapter" / "image_encoder" / "model.safetensors"), dtype="float32",
@@ -77,16 +77,16 @@ def build(args: argparse.Namespace) -> Callable:
         return training(args, shared, picture)
     if args.task == "command":
         return lambda: command(args, shared)
-    if xl:
+    if args.xl:
         with torch.no_grad():
             given = reference_sdxl.encode(shared)
-        pipe = resized(reference_sdxl.build_pipeline(shared), args)
+        pipe = pipeline(args, shared)
     else:
         if args.task == "image_to_image":
             shared.ref_img = str(path)
         if args.task == "inpainting":
             shared.ref_img = shared.ref_mask = str(path)
-        pipe = resized(reference_sd.build_pipeline(shared), args)
+        pipe = pipeline(args, shared)
         with torch.no_grad():
             prompts = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
             embedding, zeros = pipe.encode_image(picture, "cpu", 1)
@@ -97,14 +97,17 @@ def build(args: argparse.Namespace) -> Callable:
 
 def command(args: argparse.Namespace, shared: SimpleNamespace) -> tuple:
     """The script that makes the same pictures: start, load and steps."""
-    xl, noise = args.version.startswith("xl"), args.standins / "noise.npy"
+    noise = args.standins / "noise.npy"
     shape = args.batch_size, 4, args.height // 8, args.width // 8
     np.save(noise, np.random.default_rng(0).standard_normal(shape, np.float32))
-    flags = {"--base": shared.base, "--sample_step": args.steps, "--head_channels": args.num_head_channels} if xl else {
-        "--sd": shared.base, "--sampling_steps": args.steps, "--threads": args.threads or torch.get_num_threads()}
+    if args.xl:
+        flags = {"--base": shared.base, "--sample_step": args.steps, "--head_channels": args.num_head_channels}
+    else:
+        flags = {"--sd": shared.base, "--sampling_steps": args.steps,
+                 "--threads": args.threads or torch.get_num_threads()}
     flags.update({"--image_encoder": shared.image_encoder, "--ip_adapter": shared.ip_adapter, "--img": shared.img,
                   "--latents": noise, "--H": args.height, "--W": args.width, "--output": args.standins / "pictures"})
-    words = [sys.executable, (reference_sdxl if xl else reference_sd).__file__]
+    words = [sys.executable, (reference_sdxl if args.xl else reference_sd).__file__]
     words += [str(word) for pair in flags.items() for word in pair]
     begun = time.perf_counter()
     subprocess.run(words, stdout=sys.stderr, check=True)
@@ -112,8 +115,9 @@ def command(args: argparse.Namespace, shared: SimpleNamespace) -> tuple:
     return seconds, seconds
 
 
-def resized(pipe, args: argparse.Namespace):
-    """The same pipeline with heads and groups that shapes of tensors do not tell, as the demo models have."""
+def pipeline(args: argparse.Namespace, shared: SimpleNamespace):
+    """The family's pipeline, with heads and groups that shapes of tensors do not tell, as the demo models have."""
+    pipe = (reference_sdxl if args.xl else reference_sd).build_pipeline(shared)
     networks = [net for net in (pipe.unet, pipe.vae, getattr(pipe, "controlnet", None)) if net is not None]
     for name, module in (pair for net in networks for pair in net.named_modules()):
         if isinstance(module, torch.nn.GroupNorm):
@@ -128,7 +132,7 @@ def single_steps(args: argparse.Namespace, pipe, given: dict) -> Callable:
     n, pair = args.batch_size, ("negative_prompt_embeds", "prompt_embeds")
     text = torch.cat([given[name].expand(n, -1, -1) for name in pair])
     added = {"image_embeds": [given["ip_adapter_image_embeds"][0].repeat_interleave(n, 0)]}
-    if args.version.startswith("xl"):
+    if args.xl:
         sizes = torch.tensor([[args.height, args.width, 0, 0, args.height, args.width]] * 2 * n, dtype=torch.float32)
         pooled = torch.cat([given[name].expand(n, -1) for name in ("negative_pooled_prompt_embeds",
                                                                    "pooled_prompt_embeds")])
@@ -152,7 +156,7 @@ def pictures(args: argparse.Namespace, pipe, given: dict, picture: Image.Image) 
     """Whole pictures; `steps` of them are run, so strength is 1."""
     words = {"image_to_image": {"image": picture, "strength": 1.0},
              "inpainting": {"image": picture, "strength": 1.0, "mask_image": picture},
-             "controlnet": {"image": picture if args.version.startswith("xl") else [picture]}}.get(args.task, {})
+             "controlnet": {"image": picture if args.xl else [picture]}}.get(args.task, {})
     if args.task != "image_to_image":
         words.update(height=args.height, width=args.width)
 
@@ -175,8 +179,8 @@ def pictures(args: argparse.Namespace, pipe, given: dict, picture: Image.Image) 
 def training(args: argparse.Namespace, shared: SimpleNamespace, picture: Image.Image) -> Callable:
     """The official scripts' step."""
     n, sizes = args.batch_size, [[args.height, args.width, 0, 0, args.height, args.width]]
-    if args.version.startswith("xl"):
-        pipe, texts, images = (resized(reference_sdxl.build_pipeline(shared), args),
+    if args.xl:
+        pipe, texts, images = (pipeline(args, shared),
                                reference_sdxl.text_pipeline(shared), reference_sdxl.image_pipeline(shared))
 
         def text() -> tuple:
@@ -184,7 +188,7 @@ def training(args: argparse.Namespace, shared: SimpleNamespace, picture: Image.I
                                                        do_classifier_free_guidance=False)
             return states, {"text_embeds": pooled, "time_ids": torch.tensor(sizes * n, dtype=torch.float32)}
     else:
-        pipe = images = resized(reference_sd.build_pipeline(shared), args)
+        pipe = images = pipeline(args, shared)
 
         def text() -> tuple:
             tokens = pipe.tokenizer(["a picture"] * n, padding="max_length", return_tensors="pt").input_ids
