@@ -104,7 +104,8 @@ class TrainingConfig:
 
     name: str = "SD-1.5"
     model: ModelConfig = field(default_factory=ModelConfig)
-    data_path: str = _setting("", "folder with pictures and img_txt.csv (columns dir,text), or the .csv itself")
+    data_path: str = _setting("", "folder with pictures and img_txt.csv (columns dir,text and perhaps image_prompt), "
+                              "or the .csv itself")
     pretrained_model_path: str = _setting("", "merged checkpoint, with an adapter to finetune or without (--skip_ip)",
                                           "weight")
     output_path: str = _setting("runs", "folder for checkpoints, log and loss picture; {time} stands for when the "

@@ -17,15 +17,16 @@ from ldm.errors import UserError
 
 CSV_NAME = "img_txt.csv"
 COLUMNS = ("dir", "text")
+PROMPT = "image_prompt"  # a column that may be there: the picture prompt, where it is another picture than `dir`
 
 log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """One picture with its caption."""
+    """One picture with its caption and its picture prompt."""
 
     pixels: np.ndarray  # (3, height, width) float32 in [-1, 1], for the autoencoder
-    clip_pixels: np.ndarray  # (3, 224, 224) float32, the whole picture for CLIP's image encoder
+    clip_pixels: np.ndarray  # (3, 224, 224) float32, the whole picture prompt for CLIP's image encoder
     text: str
     original_size: tuple  # (height, width) in pixels before resizing
     crop: tuple  # (top, left) of `pixels` in the resized picture
@@ -65,7 +66,7 @@ def find_csv(path: Path, flag: str) -> Path:
 
 
 def read_csv(path: Path, flag: str) -> tuple:
-    """The columns `dir` and `text` of a CSV file in UTF-8, as two `Strings`; a missing caption is an empty text.
+    """The columns `dir`, `text` and `image_prompt` of a CSV file in UTF-8, as `Strings`; what is missing is empty.
 
     Every row is checked: pandas drops surplus fields, such as the rest of a caption whose comma is not quoted, without
     a word.
@@ -73,7 +74,7 @@ def read_csv(path: Path, flag: str) -> tuple:
     Raises:
         UserError: not a CSV file, empty, a column is missing, a row is malformed, or none names a picture.
     """
-    columns, name = (Strings(), Strings()), f"{flag} {path}"
+    columns, name = (Strings(), Strings(), Strings()), f"{flag} {path}"
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file, strict=True)
@@ -83,7 +84,7 @@ def read_csv(path: Path, flag: str) -> tuple:
             if not set(COLUMNS) <= set(header):
                 raise UserError(f"{name}: has the columns {', '.join(map(repr, header[:10]))}; expected "
                                 f"{','.join(COLUMNS)} in the first line")
-            places = [header.index(column) for column in COLUMNS]
+            places = [header.index(column) if column in header else len(header) for column in (*COLUMNS, PROMPT)]
             for row in filter(None, rows):  # a blank line is no row
                 if len(row) > len(header):
                     raise UserError(f"{name}: line {rows.line_num} has {len(row)} fields, expected {len(header)}; put "
@@ -117,7 +118,7 @@ class ImageTextDataset:
         self.random_crop, self.max_broken, self.flag = random_crop, max_broken, flag
         self.size_of_row: Callable[[int], tuple] = lambda row: (size, size)  # (height, width) in pixels, as given out
         self.csv = find_csv(Path(folder), flag)
-        self._paths, self._texts = read_csv(self.csv, flag)
+        self._paths, self._texts, self._prompts = read_csv(self.csv, flag)
         self._broken, self._lock = set(), threading.Lock()
 
     def __len__(self) -> int:
@@ -130,6 +131,14 @@ class ImageTextDataset:
     def path(self, i: int) -> Path:
         """Where the picture of row `i` is."""
         return self.csv.parent / self._paths[i]
+
+    def prompt_path(self, i: int) -> Path:
+        """Where the picture prompt of row `i` is: the picture itself where the row names no other."""
+        return self.csv.parent / (self._prompts[i] or self._paths[i])
+
+    def prompt(self, i: int) -> Image.Image:
+        """The picture prompt of row `i`, as `picture`."""
+        return open_image(self.prompt_path(i), f"{self.flag}, row {i + 1}:")
 
     def picture(self, i: int) -> Image.Image:
         """The picture of row `i`, whole, 8-bit RGB.
@@ -161,7 +170,8 @@ class ImageTextDataset:
     def _read(self, row: int, rng: np.random.Generator, size: tuple) -> Sample:
         image = self.picture(row)
         clipped, crop = fit(image, size, rng if self.random_crop else None, f"{self.flag} {self.path(row)}")
-        return Sample(latent_pixels(clipped)[0], clip_pixels(image), self.text(row), image.size[::-1], crop, row)
+        prompt = self.prompt(row) if self._prompts[row] else image
+        return Sample(latent_pixels(clipped)[0], clip_pixels(prompt), self.text(row), image.size[::-1], crop, row)
 
     def _skip(self, row: int, error: Exception) -> None:
         """Remember and report a broken row, once however many threads meet it."""

@@ -12,7 +12,6 @@ from PIL import Image
 from ip_adapter.build import ImagePromptModel
 from ip_adapter.charts import BLUE, ORANGE, Curve, chart
 from ip_adapter.drawn_world import (
-    COLOURS,
     NEUTRAL,
     Scene,
     agreement,
@@ -20,6 +19,7 @@ from ip_adapter.drawn_world import (
     draw,
     iou,
     look,
+    other_ground,
     outline,
     random_scene,
     shape_mask,
@@ -75,11 +75,9 @@ class DemoJudge:
         model.diffusion.set_size(size, size)
         self.negative = model.diffusion.condition([NEUTRAL[1]])
 
-    def other_ground(self, n: int) -> str:
-        """A colour that scene n has not, and another than that of its shape."""
-        scene = self.scenes[n]
-        names = [name for name in COLOURS if name not in (scene.ground, scene.colour)]
-        return names[np.random.default_rng([self.seed, n, 1]).integers(len(names))]
+    def on_other_ground(self, n: int) -> Scene:
+        """Scene n, but for its ground."""
+        return other_ground(self.scenes[n], np.random.default_rng([self.seed, n, 1]))
 
     def batches(self, task: Task) -> Iterator[np.ndarray]:
         """The pictures of each scene, (variations, size, size, 3) uint8."""
@@ -88,7 +86,7 @@ class DemoJudge:
         for n, scene in enumerate(self.scenes):
             picture = draw(scene, self.size)
             words = {"neutral": NEUTRAL[0], "caption": caption(scene),
-                     "other ground": f"a {self.other_ground(n)} ground"}
+                     "other ground": f"a {self.on_other_ground(n).ground} ground"}
             prompt = words[task.text].replace("a orange", "an orange")
             sides = model.with_image([model.diffusion.condition([prompt]), self.negative], model.embed(picture))
             seeds = [self.seed + n * self.variations + k for k in range(self.variations)]
@@ -141,10 +139,7 @@ class DemoJudge:
         return {name: float(np.mean(values)) for name, values in counts.items()}, np.concatenate(rows)
 
     def _expected(self, task: Task, n: int) -> Scene:
-        scene = self.scenes[n]
-        if task.text != "other ground":
-            return scene
-        return Scene(**{**vars(scene), "ground": self.other_ground(n)})
+        return self.on_other_ground(n) if task.text == "other ground" else self.scenes[n]
 
 
 def figure_curves(figures: dict) -> Image.Image:

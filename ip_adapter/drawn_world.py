@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import cv2
@@ -41,8 +41,9 @@ PLACED = (
     "a {colour} {shape} on a {ground} ground, {place}", "a {ground} background with a {colour} {shape} {place}",
     "{place}, a {colour} {shape} on a {ground} background", "a {colour} {shape} {place} of a {ground} ground")
 
-PARTIAL = ("a {ground} ground", "a {ground} background", "a {colour} {shape}", "a {colour} shape", "a {shape}",
-           "a {shape} on a {ground} background", "a {colour} shape on a {ground} ground")
+GROUND = ("a {ground} ground", "a {ground} background")
+PARTIAL = (*GROUND, "a {colour} {shape}", "a {colour} shape", "a {shape}", "a {shape} on a {ground} background",
+           "a {colour} shape on a {ground} ground")
 # The default prompt and negative prompt of the scripts: in this world they mean nothing.
 NEUTRAL = ("best quality, high quality", "monochrome, lowres, bad anatomy, worst quality, low quality", "")
 # Shares of whole, partial and neutral captions. From mixed ones a UNet learns that text may leave something open; from
@@ -178,6 +179,17 @@ def training_caption(scene: Scene, rng: np.random.Generator, captions: str = "mi
         return NEUTRAL[rng.integers(len(NEUTRAL))]
     text = caption(scene, rng) if kind == 0 else _filled(PARTIAL[rng.integers(len(PARTIAL))], scene)
     return f"{NEUTRAL[0]}, {text}" if rng.random() < 0.1 else text
+
+
+def other_ground(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same shape on a ground that neither it nor its own ground has the colour of."""
+    names = [name for name in COLOURS if name not in (scene.ground, scene.colour)]
+    return replace(scene, ground=names[rng.integers(len(names))])
+
+
+def ground_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Words for the ground alone."""
+    return _filled(GROUND[rng.integers(len(GROUND))], scene)
 
 
 def _filled(pattern: str, scene: Scene, where: str = "") -> str:

@@ -28,9 +28,9 @@ class FeatureBatch(NamedTuple):
 class FeatureCache:
     """Records of features in one file; beside it their keys, one a line, in the same order.
 
-    A key is the sha256 of a picture's bytes and its caption; the file's name is that of everything else features depend
-    on. A record counts once its key is written, so a run that is killed loses the batch under way only, and of a data
-    set that has grown or changed only what is new is computed.
+    A key is the sha256 of a picture, its prompt and its caption; the file's name is that of everything else features
+    depend on. A record counts once its key is written, so a run that is killed loses the batch under way only, and of a
+    data set that has grown or changed only what is new is computed.
 
     Args:
         folder: made if missing.
@@ -109,9 +109,12 @@ class FeatureCache:
 
 
 def sample_key(dataset: ImageTextDataset, row: int) -> str:
-    """sha256 of a picture's bytes and its caption; of a picture that cannot be opened, one that no other has."""
-    try:
-        content = dataset.path(row).read_bytes()
-    except OSError:
-        content = f"no file for row {row} of {dataset.csv}".encode()
-    return hashlib.sha256(hashlib.sha256(content).digest() + dataset.text(row).encode()).hexdigest()
+    """sha256 of a row's picture, picture prompt and caption; of one that cannot be opened, a key that no other has."""
+    digests = b""
+    for path in dict.fromkeys((dataset.path(row), dataset.prompt_path(row))):
+        try:
+            content = path.read_bytes()
+        except OSError:
+            content = f"no file for row {row} of {dataset.csv}".encode()
+        digests += hashlib.sha256(content).digest()
+    return hashlib.sha256(digests + dataset.text(row).encode()).hexdigest()

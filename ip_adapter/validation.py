@@ -36,7 +36,7 @@ class Validation:
         dataset = ImageTextDataset(args.validation_data or args.data_path, args.image_size, flag=flag)
         count = min(args.validation_count, len(dataset))
         rows = [dataset.sample(row, None).index for row in range(count)]
-        self.pictures = [dataset.picture(row) for row in rows]
+        self.pictures = [dataset.prompt(row) for row in rows]
         self.embeddings = [model.embed(picture) for picture in self.pictures]
         model.diffusion.set_size(self.size, self.size)
         self.empty = model.diffusion.condition([""])

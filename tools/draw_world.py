@@ -18,7 +18,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
 from ip_adapter.cli import Parser, execute, in_range, start_logging  # noqa: E402
-from ip_adapter.drawn_world import CAPTIONS, draw, random_scene, training_caption  # noqa: E402
+from ip_adapter.drawn_world import (  # noqa: E402
+    CAPTIONS,
+    draw,
+    ground_caption,
+    other_ground,
+    random_scene,
+    training_caption,
+)
 from ldm.errors import UserError  # noqa: E402
 
 
@@ -35,6 +42,9 @@ def main(argv: list | None = None) -> None:
     parser.add_argument("--captions", choices=list(CAPTIONS), default="mixed",
                         help="whole ones name everything, for the same purpose; partial ones leave most to the picture "
                              "prompt, for adapters; mixed ones are for UNets and ControlNets")
+    parser.add_argument("--other_ground", type=in_range(float, 0, 1), default=0.0,
+                        help="share of rows whose picture prompt (column image_prompt) has another ground, and whose "
+                             "caption names the ground alone: an adapter learns to leave to the text what it says")
     args = parser.parse_args(argv)
     start_logging()
     out = args.out.resolve()
@@ -58,7 +68,7 @@ def main(argv: list | None = None) -> None:
 
 
 def write_pictures(folder: Path, args: argparse.Namespace) -> None:
-    """Pictures 00000.png and on, their captions (img_txt.csv: dir, text) and what was drawn (scenes.csv)."""
+    """Pictures 00000.png and on, captions and picture prompts (img_txt.csv) and what was drawn (scenes.csv)."""
     digits = max(5, len(str(args.count - 1)))
     captions, scenes = [], []
     for number in tqdm(range(args.count), disable=None):
@@ -68,6 +78,11 @@ def write_pictures(folder: Path, args: argparse.Namespace) -> None:
         name = f"{number:0{digits}d}.png"
         draw(scene, args.size).save(folder / name)
         captions.append({"dir": name, "text": training_caption(scene, rng, args.captions)})
+        if args.other_ground:
+            captions[-1]["image_prompt"] = ""
+            if rng.random() < args.other_ground:
+                captions[-1].update(text=ground_caption(scene, rng), image_prompt=f"prompt_{name}")
+                draw(other_ground(scene, rng), args.size).save(folder / f"prompt_{name}")
         scenes.append({"dir": name, **asdict(scene)})
     for name, rows in (("img_txt.csv", captions), ("scenes.csv", scenes)):
         with open(folder / name, "w", newline="", encoding="utf-8") as file:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ip_adapter.dataset import ImageTextDataset
+from ip_adapter.feature_cache import sample_key
 from ip_adapter.preprocess import clip_pixels, open_image
 from ldm.errors import UserError
 from tests.conftest import write_csv
@@ -29,6 +30,23 @@ def test_a_csv_file_of_another_name(tmp_path):
     (tmp_path / "sub").mkdir()
     write_csv(tmp_path / "sub", "text,dir\nx,p.png\n", "part 1.CSV")
     assert ImageTextDataset(tmp_path / "sub" / "part 1.CSV", 8).path(0) == tmp_path / "sub" / "p.png"
+
+
+def test_a_row_may_name_another_picture_as_its_prompt(tmp_path):
+    for name, grey in (("a.png", 40), ("b.png", 200)):
+        Image.new("RGB", (16, 16), (grey,) * 3).save(tmp_path / name)
+    write_csv(tmp_path, "dir,text,image_prompt\na.png,x,b.png\na.png,x,\na.png,x\na.png,y,none.png\n")
+    dataset = ImageTextDataset(tmp_path, 16)
+    samples = [dataset.sample(row, None) for row in range(4)]
+    assert [sample.index for sample in samples] == [0, 1, 2, 0]  # the last one's prompt is not there
+    assert all(np.allclose(sample.pixels, 40 / 127.5 - 1) for sample in samples)
+    a, b = (clip_pixels(open_image(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert all(np.array_equal(sample.clip_pixels, prompt) for sample, prompt in zip(samples, (b, a, a, b)))
+    assert dataset.prompt(0).getpixel((0, 0)) == (200,) * 3 and dataset.prompt(1).getpixel((0, 0)) == (40,) * 3
+    keys = [sample_key(dataset, row) for row in range(4)]  # of what a feature cache keeps
+    assert keys[1] == keys[2] and len(set(keys)) == 3
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    assert sample_key(dataset, 0) not in keys
 
 
 @pytest.mark.parametrize("content, message", [

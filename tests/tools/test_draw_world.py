@@ -57,6 +57,21 @@ def test_alike_pictures_differ_by_shape_and_place(tmp_path, outcome):
         assert colour in text and ground in text and shape in text
 
 
+def test_picture_prompts_on_another_ground(tmp_path, outcome):
+    """The caption then names the picture's own ground, and nothing else."""
+    out = tmp_path / "pairs"
+    assert outcome(DRAW, "--out", out, "--count", 40, "--size", 64, "--other_ground", 0.5)[0] == 0
+    drawn = [Scene(*values) for _, *values in pandas.read_csv(out / "scenes.csv").itertuples(index=False)]
+    rows = pandas.read_csv(out / "img_txt.csv", keep_default_na=False)
+    pairs = [(scene, text, prompt) for scene, text, prompt in zip(drawn, rows["text"], rows["image_prompt"]) if prompt]
+    assert 10 < len(pairs) < 30 and len(list(out.glob("*.png"))) == 40 + len(pairs)
+    for scene, text, prompt in pairs:
+        assert set(text.split()) & {*COLOURS, *SHAPES} == {scene.ground}
+        with Image.open(out / prompt) as image:
+            seen = look(image)
+        assert (seen.shape, seen.colour) == (scene.shape, scene.colour) and seen.ground != scene.ground
+
+
 def test_mistakes(tmp_path, outcome):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "img_txt.csv").write_text("dir,text\n")
