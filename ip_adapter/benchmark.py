@@ -36,6 +36,7 @@ from ip_adapter.stream import Batch, Loader, Stream, samples_of
 from ip_adapter.training import AdamW, NoisePredictionLoss, OptimizerConfig, TrainStep
 from ldm.checkpoint_file import open_checkpoint
 from ldm.ddim import KeptRegion
+from ldm.model import Shortcuts
 from ldm.modules.clip import CLIPImageConfig, CLIPTextConfig
 from ldm.modules.unet import UNetConfig
 
@@ -96,6 +97,7 @@ SETTINGS = (
 )
 TASKS = tuple(dict.fromkeys(setting.task for setting in SETTINGS))
 ALONE = ("load", "merge", "read")  # what is not held against diffusers
+SAMPLED = ("image_variation", "image_to_image", "inpainting", "controlnet", "command")  # what shortcuts shorten
 
 
 def setting_of(task: str, version: str, **changes: int | None) -> Setting:
@@ -112,7 +114,8 @@ def noise_picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str, flags: Sequence = ()) -> tuple:
+def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str, flags: Sequence = (),
+            shortcuts: Callable = lambda timesteps: Shortcuts()) -> tuple:
     """Do what comes before the work that is timed.
 
     Args:
@@ -121,6 +124,7 @@ def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str
         config: of its version.
         dtype: "float32" or "float16".
         flags: more words for a whole command.
+        shortcuts: of the sampler's timesteps, what is left out where pictures are made.
 
     Returns:
         Seconds it took to load, and the unit of work: a function that returns its seconds, and those of its steps.
@@ -141,7 +145,7 @@ def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str
     if training:
         return loaded, _training(model, setting, dtype)
     model.diffusion.set_size(setting.height, setting.width)
-    return loaded, _denoising(model, setting, config)
+    return loaded, _denoising(model, setting, config, shortcuts)
 
 
 def peak_memory() -> int:
@@ -195,7 +199,7 @@ def _read(setting: Setting) -> tuple:
     return seconds, seconds
 
 
-def _denoising(model: ImagePromptModel, setting: Setting, config: InferenceConfig) -> Callable:
+def _denoising(model: ImagePromptModel, setting: Setting, config: InferenceConfig, shortcuts: Callable) -> Callable:
     """A unit of any task that denoises: guided, with the image prompt; pictures are decoded, single steps are not."""
     diffusion, s = model.diffusion, config.sampling
     picture = noise_picture(setting.width, setting.height)
@@ -203,7 +207,7 @@ def _denoising(model: ImagePromptModel, setting: Setting, config: InferenceConfi
              for side in model.conditions(picture, [(s.prompt, s.negative_prompt)])[0])
     timesteps = diffusion.timesteps(setting.steps)
     hints = [Hint(picture, s.control_scale, 0.0, 1.0)] * (setting.task == "controlnet")
-    denoise = diffusion.denoiser(*sides, s.scale, model.controls(hints, timesteps))
+    denoise = diffusion.denoiser(*sides, s.scale, model.controls(hints, timesteps), shortcuts(timesteps))
     shape = setting.batch_size, diffusion.unet.config.in_channels, setting.height // 8, setting.width // 8
     noise = Tensor(np.random.default_rng(0).standard_normal(shape, np.float32))
 

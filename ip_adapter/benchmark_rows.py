@@ -53,8 +53,13 @@ class Side:
                 "seconds": [reply["seconds"] for reply in self.replies]}
 
 
-def table_line(row: dict) -> str:
-    """A row under COLUMNS: speeds here and on Ascend 910; diffusers' seconds a step, and ours as a multiple of them."""
+def table_line(row: dict, swept: str = "") -> str:
+    """A row under COLUMNS: speeds here and on Ascend 910; diffusers' seconds a step, and ours as a multiple of them.
+
+    Args:
+        row: its figures.
+        swept: what is varied, and its value, behind the row.
+    """
     ascend, other = row["ascend_910"], row.get("diffusers")
     before = row["seconds"][0] if row["task"] == "merge" else row["load_seconds"]
     cells = (row["task"], row["version"], f"{row['height']}x{row['width']}", str(row["batch_size"]),
@@ -62,7 +67,7 @@ def table_line(row: dict) -> str:
              row["peak_memory_bytes"] / 2**30, ascend["steps_per_second"], ascend["images_per_second"],
              other and other["seconds_per_step"], row.get("ratio"))
     return " ".join(f"{'' if cell is None else cell if isinstance(cell, str) else f'{cell:.3g}':>{width}}"
-                    for cell, (_, width) in zip(cells, COLUMNS))
+                    for cell, (_, width) in zip(cells, COLUMNS)) + f"  {swept}".rstrip()
 
 
 def plot(rows: list, swept: str) -> Image.Image:

@@ -7,6 +7,7 @@ python tools/benchmark.py --version demo --task image_variation --sweep steps=5,
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -19,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.benchmark import ALONE, SETTINGS, SIZES, TASKS, peak_memory, prepare, setting_of  # noqa: E402
+from ip_adapter.benchmark import ALONE, SAMPLED, SETTINGS, SIZES, TASKS, peak_memory, prepare, setting_of  # noqa: E402
 from ip_adapter.benchmark_rows import COLUMNS, Side, plot, table_line  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
     DEMOS,
@@ -27,6 +28,7 @@ from ip_adapter.cli import (  # noqa: E402
     Parser,
     add_config_flags,
     add_device_flags,
+    add_shortcut_flags,
     config_from,
     execute,
     existing_file,
@@ -38,13 +40,15 @@ from ip_adapter.cli import (  # noqa: E402
 from ip_adapter.config import ROOT, InferenceConfig, ModelConfig  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
 from ip_adapter.merge import merge  # noqa: E402
+from ip_adapter.run import shortcuts  # noqa: E402
 from ip_adapter.standins import write_standins  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
 REFERENCE = ROOT / "tests" / "record" / "reference_benchmark.py"
 DEVICE_FLAGS = "device_target", "ms_mode", "dtype", "cpu_threads"
-SWEPT = {"batch_size": ("batch_size",), "size": ("H", "W"), "steps": ("steps",)}  # and the flags it stands for
+SHORTCUTS = "guidance_start", "guidance_end", "deep_every"
+SWEPT = {"size": ("H", "W"), **{flag: (flag,) for flag in ("batch_size", "steps", *SHORTCUTS)}}  # flags it stands for
 
 
 def main(argv: list | None = None) -> None:
@@ -70,6 +74,7 @@ def main(argv: list | None = None) -> None:
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     add_config_flags(parser, version, EITHER)
     add_device_flags(parser, "0")
+    add_shortcut_flags(parser)
     args = parser.parse_args(argv)
     start_logging(args.log_level)
     if args.worker:
@@ -77,17 +82,25 @@ def main(argv: list | None = None) -> None:
         return
     if args.against and args.weights:
         raise UserError("--against diffusers works on the seeded stand-ins; leave out --weights")
+    swept, values = args.sweep
+    shorter = [flag for flag in SHORTCUTS if flag == swept or getattr(args, flag) is not None]
+    if args.against and shorter:
+        raise UserError(f"--against diffusers times the same work, and there nothing is left out; leave out "
+                        f"{shorter[0]}")
     known = [s.task for s in SETTINGS if s.version == version]
     unknown = [task for task in args.task or () if task not in known]
     if unknown:
         raise UserError(f"--task {unknown[0]} is not there for --version {version}, expected one of {', '.join(known)}")
+    whole = [task for task in args.task or () if shorter and task not in SAMPLED]
+    if whole:
+        raise UserError(f"--task {whole[0]} has nothing that {shorter[0]} leaves out; it shortens "
+                        f"{', '.join(SAMPLED)}")
     for flag, path in (("json", args.json), ("plot", args.plot)):
         if path and not os.access(path.absolute().parent, os.W_OK):
             raise UserError(f"--{flag} {path}: cannot write into {path.absolute().parent}; name another folder")
-    swept, values = args.sweep
     if args.plot and not swept:
         raise UserError("--plot has nothing to draw over; give --sweep, such as --sweep batch_size=1,2,4")
-    tasks = args.task or [task for task in known if args.against is None or task not in ALONE]
+    unasked = [task for task in known if (not args.against or task not in ALONE) and (not shorter or task in SAMPLED)]
     with ExitStack() as stack:
         folder = args.standins or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if not args.weights:
@@ -95,11 +108,11 @@ def main(argv: list | None = None) -> None:
             args.weights = first_existing(config.ckpt_path, "--weights") if demo else write_weights(version, folder)
         rows = []
         logging.info("%s", " ".join(f"{name:>{width}}" for name, width in COLUMNS))
-        for task, value in itertools.product(tasks, values):
+        for task, value in itertools.product(args.task or unasked, values):
             for name in SWEPT.get(swept, ()):
                 setattr(args, name, value)
             rows.append(measure(args, task, folder, config.model))
-            print(table_line(rows[-1]), flush=True)
+            print(table_line(rows[-1], f"{swept}={value}" if swept else ""), flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             if args.plot:
@@ -112,8 +125,9 @@ def sweep(text: str) -> tuple:
     if name not in SWEPT or not values:
         raise argparse.ArgumentTypeError(f"{text!r} is not known, expected such as batch_size=1,2,4 with "
                                          f"{' or '.join(SWEPT)}")
-    return name, [multiple_of_8(value) if name == "size" else in_range(int, 1, 10000)(value)
-                  for value in values.split(",")]
+    kind = (multiple_of_8 if name == "size" else in_range(float, 0, 1) if name.startswith("guidance") else
+            in_range(int, 1, 10000))
+    return name, [kind(value) for value in values.split(",")]
 
 
 def write_weights(version: str, folder: Path) -> Path:
@@ -131,7 +145,8 @@ def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     setting = setting_of(args.task[0], args.version, batch_size=args.batch_size, height=args.H, width=args.W,
                          steps=args.steps)
-    loaded, work = prepare(setting, args.weights, config, args.dtype or default_dtype(), given(args, *DEVICE_FLAGS))
+    loaded, work = prepare(setting, args.weights, config, args.dtype or default_dtype(),
+                           given(args, *DEVICE_FLAGS, *SHORTCUTS), functools.partial(shortcuts, args))
     print(json.dumps({"load_seconds": loaded, "setting": asdict(setting)}), flush=True)
     for _ in sys.stdin:
         seconds, stepping = work()
@@ -146,7 +161,7 @@ def given(args: argparse.Namespace, *flags: str) -> list:
 def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelConfig) -> dict:
     """One row: the work here, and if asked there, in turns, so that a change of the machine's speed meets both."""
     words = [sys.executable, __file__, "--worker", "--task", task,
-             *given(args, "version", "batch_size", "H", "W", "steps", "weights", "config", *DEVICE_FLAGS)]
+             *given(args, "version", "batch_size", "H", "W", "steps", "weights", "config", *DEVICE_FLAGS, *SHORTCUTS)]
     sides = []
     try:
         sides.append(Side(words))
@@ -169,7 +184,8 @@ def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelCon
     images = setting["batch_size"] * (setting["steps"] if by_step else 1)
     steps = 1 if task == "command" else setting["steps"]  # what a command takes is not its steps alone
     ours, *other = (side.figures(steps, images) for side in sides)
-    row = {**{key: value for key, value in setting.items() if not key.endswith("per_second")}, **ours,
+    row = {**{key: value for key, value in setting.items() if not key.endswith("per_second")},
+           **{flag: getattr(args, flag) for flag in SHORTCUTS}, **ours,
            "ascend_910": {key: setting[key] for key in ("steps_per_second", "images_per_second")}}
     if task in ("load", "merge"):  # neither has steps
         row.update(seconds_per_step=None, steps_per_second=None, images_per_second=None)

@@ -83,9 +83,13 @@ def test_mistakes(tmp_path, outcome):
     assert status == 2 and "--task inpainting is not there for --version xl, expected one of train, " in line
     status, line = said("--version", "demo", "--task", "load", "--json", tmp_path / "none" / "speed.json")
     assert status == 2 and "--json" in line and "cannot write" in line
+    status, line = said("--version", "demo", "--task", "train", "--deep_every", 2)
+    assert status == 2 and "--task train has nothing that deep_every leaves out; it shortens image_variation" in line
+    status, line = said("--version", "demo", "--against", "diffusers", "--sweep", "guidance_end=1,0.5")
+    assert status == 2 and "leave out guidance_end" in line
     status, line = said("--version", "demo", "--plot", tmp_path / "plot.png")
     assert status == 2 and "give --sweep" in line
-    for wrong in ("width=1", "steps", "size=30", "steps=0"):
+    for wrong in ("width=1", "steps", "size=30", "steps=0", "guidance_end=2"):
         status, line = said("--version", "demo", "--sweep", wrong)
         assert status == 2 and "--sweep" in line, wrong
     status, line = said("--torch_python", tmp_path / "none")
