@@ -17,6 +17,7 @@ from ip_adapter.drawn_world import (
     agreement,
     caption,
     draw,
+    ground_caption,
     iou,
     look,
     other_ground,
@@ -86,9 +87,9 @@ class DemoJudge:
         for n, scene in enumerate(self.scenes):
             picture = draw(scene, self.size)
             words = {"neutral": NEUTRAL[0], "caption": caption(scene),
-                     "other ground": f"a {self.on_other_ground(n).ground} ground"}
-            prompt = words[task.text].replace("a orange", "an orange")
-            sides = model.with_image([model.diffusion.condition([prompt]), self.negative], model.embed(picture))
+                     "other ground": ground_caption(self.on_other_ground(n))}
+            text = model.diffusion.condition([words[task.text]])
+            sides = model.with_image([text, self.negative], model.embed(picture))
             seeds = [self.seed + n * self.variations + k for k in range(self.variations)]
             make = functools.partial(generate, model, sides, seeds, self.size, self.steps, self.guidance_scale,
                                      self._controls(task, scene))

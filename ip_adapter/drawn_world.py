@@ -187,9 +187,9 @@ def other_ground(scene: Scene, rng: np.random.Generator) -> Scene:
     return replace(scene, ground=names[rng.integers(len(names))])
 
 
-def ground_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Words for the ground alone."""
-    return _filled(GROUND[rng.integers(len(GROUND))], scene)
+def ground_caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """Words for the ground alone: the plain ones, or some drawn by `rng`."""
+    return _filled(GROUND[0 if rng is None else rng.integers(len(GROUND))], scene)
 
 
 def _filled(pattern: str, scene: Scene, where: str = "") -> str:

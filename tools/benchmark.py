@@ -85,7 +85,7 @@ def main(argv: list | None = None) -> None:
     swept, values = args.sweep
     shorter = [flag for flag in SHORTCUTS if flag == swept or getattr(args, flag) is not None]
     if args.against and shorter:
-        raise UserError(f"--against diffusers times the same work, and there nothing is left out; leave out "
+        raise UserError("--against diffusers times the same work, and there nothing is left out; leave out "
                         f"{shorter[0]}")
     known = [s.task for s in SETTINGS if s.version == version]
     unknown = [task for task in args.task or () if task not in known]

@@ -64,7 +64,7 @@ def build(args: argparse.Namespace) -> Callable:
     picture.save(path)
     base, adapter, control = (("sd_xl_base_1.0", "ip-adapter_sdxl", "controlnet-depth-sdxl-1.0") if args.xl else
                               ("v1-5-pruned-emaonly", "ip-adapter_sd15", "control_v11f1p_sd15_depth"))
-    xl, net = args.xl, str(folder / control / "diffusion_pytorch_model.safetensors")
+    net = str(folder / control / "diffusion_pytorch_model.safetensors")
     with_net = args.task == "controlnet"
     shared = SimpleNamespace(
         image_encoder=str(folder / "IP-Adapter" / "image_encoder" / "model.safetensors"), dtype="float32",
@@ -72,7 +72,8 @@ def build(args: argparse.Namespace) -> Callable:
         img=str(path), prompt=PROMPT, negative_prompt=NEGATIVE, ip_scale=1.0, strength=1.0,
         head_channels=args.num_head_channels,
         vae=None, ref_img=None, ref_mask=None, base=str(folder / f"{base}.safetensors"),
-        sd=str(folder / f"{base}.safetensors"), controlnet=(net if xl else [net]) if with_net else None if xl else [])
+        sd=str(folder / f"{base}.safetensors"),
+        controlnet=(net if args.xl else [net]) if with_net else None if args.xl else [])
     if args.task.startswith("train"):
         return training(args, shared, picture)
     if args.task == "command":
