@@ -97,6 +97,7 @@ SETTINGS = (
 )
 TASKS = tuple(dict.fromkeys(setting.task for setting in SETTINGS))
 ALONE = ("load", "merge", "read")  # what is not held against diffusers
+NO_NETWORK = (*ALONE, "command")  # none runs in the process that times
 SAMPLED = ("image_variation", "image_to_image", "inpainting", "controlnet", "command")  # what shortcuts shorten
 
 

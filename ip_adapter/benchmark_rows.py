@@ -35,11 +35,15 @@ class Side:
         raise UserError(f"{self.process.args[1]} ended with status {self.process.wait()} before it answered; what it "
                         "said stands above")
 
+    def ask(self, line: str) -> dict:
+        """Send a line and wait for what is answered."""
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.reply()
+
     def work(self) -> None:
         """Do the work once."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.replies.append(self.reply())
+        self.replies.append(self.ask(""))
 
     def figures(self, steps: int, images: int) -> dict:
         """Medians of all replies but the first, and what the first took longer."""
@@ -68,6 +72,14 @@ def table_line(row: dict, swept: str = "") -> str:
              other and other["seconds_per_step"], row.get("ratio"))
     return " ".join(f"{'' if cell is None else cell if isinstance(cell, str) else f'{cell:.3g}':>{width}}"
                     for cell, (_, width) in zip(cells, COLUMNS)) + f"  {swept}".rstrip()
+
+
+def operator_lines(row: dict, count: int | None) -> list:
+    """Lines to stand under a row: what its operators took, the longest first, how often they ran, and their share."""
+    operators = row["operators"] or []
+    seconds = sum(spent for _, _, spent in operators)
+    return [f"{name:>24} {times or '':>6} {spent:>9.3f} s {spent / seconds:>5.1%}"
+            for name, times, spent in (*operators[:-1][:count], *operators[-1:])]
 
 
 def plot(rows: list, swept: str) -> Image.Image:

@@ -20,8 +20,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.benchmark import ALONE, SAMPLED, SETTINGS, SIZES, TASKS, peak_memory, prepare, setting_of  # noqa: E402
-from ip_adapter.benchmark_rows import COLUMNS, Side, plot, table_line  # noqa: E402
+from ip_adapter.benchmark import (  # noqa: E402
+    ALONE,
+    NO_NETWORK,
+    SAMPLED,
+    SETTINGS,
+    SIZES,
+    TASKS,
+    peak_memory,
+    prepare,
+    setting_of,
+)
+from ip_adapter.benchmark_rows import COLUMNS, Side, operator_lines, plot, table_line  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
     DEMOS,
     EITHER,
@@ -40,6 +50,7 @@ from ip_adapter.cli import (  # noqa: E402
 from ip_adapter.config import ROOT, InferenceConfig, ModelConfig  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
 from ip_adapter.merge import merge  # noqa: E402
+from ip_adapter.operator_profile import operator_times  # noqa: E402
 from ip_adapter.run import shortcuts  # noqa: E402
 from ip_adapter.standins import write_standins  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
@@ -69,6 +80,8 @@ def main(argv: list | None = None) -> None:
     add("--torch_python", type=existing_file, default=sys.executable, help="Python that has torch and diffusers")
     add("--sweep", type=sweep, default=("", [None]), metavar="WHAT=N,N,...",
         help=f"one row for each value of {', '.join(SWEPT)}; size is height and width")
+    add("--operators", type=in_range(int, 1, 1000), help="name so many kinds of operators under each row, those that "
+        "take longest, from once more under the profiler (on the CPU)")
     add("--json", type=Path, help="file to write all figures to")
     add("--plot", type=Path, help="picture to draw seconds and memory over the values of --sweep into")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -100,7 +113,11 @@ def main(argv: list | None = None) -> None:
             raise UserError(f"--{flag} {path}: cannot write into {path.absolute().parent}; name another folder")
     if args.plot and not swept:
         raise UserError("--plot has nothing to draw over; give --sweep, such as --sweep batch_size=1,2,4")
-    unasked = [task for task in known if (not args.against or task not in ALONE) and (not shorter or task in SAMPLED)]
+    if args.operators and set(args.task or ()) & set(NO_NETWORK):
+        raise UserError(f"--operators are those of a network run by the benchmark itself; leave out --task "
+                        f"{', '.join(task for task in args.task if task in NO_NETWORK)}")
+    unasked = [task for task in known if (not args.against or task not in ALONE) and (not shorter or task in SAMPLED)
+               and (not args.operators or task not in NO_NETWORK)]
     with ExitStack() as stack:
         folder = args.standins or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if not args.weights:
@@ -112,7 +129,8 @@ def main(argv: list | None = None) -> None:
             for name in SWEPT.get(swept, ()):
                 setattr(args, name, value)
             rows.append(measure(args, task, folder, config.model))
-            print(table_line(rows[-1], f"{swept}={value}" if swept else ""), flush=True)
+            print("\n".join([table_line(rows[-1], f"{swept}={value}" if swept else ""),
+                             *operator_lines(rows[-1], args.operators)]), flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             if args.plot:
@@ -141,14 +159,18 @@ def write_weights(version: str, folder: Path) -> Path:
 
 
 def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
-    """Load, then do the work once for every line of standard input and answer with one of JSON."""
+    """Load, then do the work once for every line of standard input and answer with one of JSON; its operators too, if
+    the line says so."""
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     setting = setting_of(args.task[0], args.version, batch_size=args.batch_size, height=args.H, width=args.W,
                          steps=args.steps)
     loaded, work = prepare(setting, args.weights, config, args.dtype or default_dtype(),
                            given(args, *DEVICE_FLAGS, *SHORTCUTS), functools.partial(shortcuts, args))
     print(json.dumps({"load_seconds": loaded, "setting": asdict(setting)}), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "operators":
+            print(json.dumps({"operators": operator_times(work)}), flush=True)
+            continue
         seconds, stepping = work()
         print(json.dumps({"seconds": seconds, "stepping": stepping, "peak_memory_bytes": peak_memory()}), flush=True)
 
@@ -176,6 +198,7 @@ def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelCon
         for _ in range(1 if task in ("load", "merge") else args.repeat + 1):
             for side in sides:
                 side.work()
+        operators = sides[0].ask("operators")["operators"] if args.operators else None
     finally:
         for side in sides:
             side.process.stdin.close()
@@ -185,7 +208,7 @@ def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelCon
     steps = 1 if task == "command" else setting["steps"]  # what a command takes is not its steps alone
     ours, *other = (side.figures(steps, images) for side in sides)
     row = {**{key: value for key, value in setting.items() if not key.endswith("per_second")},
-           **{flag: getattr(args, flag) for flag in SHORTCUTS}, **ours,
+           **{flag: getattr(args, flag) for flag in SHORTCUTS}, **ours, "operators": operators,
            "ascend_910": {key: setting[key] for key in ("steps_per_second", "images_per_second")}}
     if task in ("load", "merge"):  # neither has steps
         row.update(seconds_per_step=None, steps_per_second=None, images_per_second=None)

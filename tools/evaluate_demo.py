@@ -88,7 +88,8 @@ def judged(args: argparse.Namespace, config: InferenceConfig, folder: Path) -> d
         Image.fromarray(sheet).save(folder / f"{task}.png")
         logging.info("%-12s %s", task, "  ".join(f"{name} {100 * value:.1f}" if name != "iou" else f"IoU {value:.3f}"
                                                 for name, value in figures[task].items()))
-    (folder / "figures.json").write_text(json.dumps({**settings, **figures}, indent=1) + "\n")
+        # After every task, for one may take an hour: what is known outlives a run that is stopped.
+        (folder / "figures.json").write_text(json.dumps({**settings, **figures}, indent=1) + "\n")
     return figures
 
 

@@ -59,6 +59,22 @@ def test_the_tool_prints_a_table_and_writes_json(tmp_path):
     assert step["ascend_910"] == {"steps_per_second": None, "images_per_second": None}
 
 
+def test_operators_of_a_row(tmp_path):
+    """Those of a UNet, the longest first, and what is left between them."""
+    done = shell("python", ROOT / "tools/benchmark.py", "--version", "demo", "--task", "unet_step", "--H", "64", "--W",
+                 "64", "--batch_size", "1", "--repeat", "1", "--ms_mode", "1", "--operators", "3", "--json",
+                 "speed.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row, = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    *operators, (rest, count, between) = row["operators"]
+    assert {"MatMul", "Softmax", "Im2Col"} <= {name for name, times, spent in operators if times > 30 and spent > 0}
+    assert sorted(operators, key=lambda operator: -operator[2]) == operators
+    assert (rest, count) == ("between operators", None) and between > 0
+    table, *lines = done.stdout.splitlines()
+    assert table.split()[0] == "unet_step" and len(lines) == 4
+    assert lines[0].split()[:2] == [operators[0][0], str(operators[0][1])] and lines[-1].endswith("%")
+
+
 def test_a_plot_of_rows(tmp_path):
     """More seconds and memory lie higher; the first time, which compiles, is left out."""
     other = {"seconds": [1.0, 1.0, 1.0], "peak_memory_bytes": 2**30}
@@ -87,6 +103,8 @@ def test_mistakes(tmp_path, outcome):
     assert status == 2 and "--task train has nothing that deep_every leaves out; it shortens image_variation" in line
     status, line = said("--version", "demo", "--against", "diffusers", "--sweep", "guidance_end=1,0.5")
     assert status == 2 and "leave out guidance_end" in line
+    status, line = said("--version", "demo", "--operators", 3, "--task", "unet_step", "--task", "merge")
+    assert status == 2 and "leave out --task merge" in line
     status, line = said("--version", "demo", "--plot", tmp_path / "plot.png")
     assert status == 2 and "give --sweep" in line
     for wrong in ("width=1", "steps", "size=30", "steps=0", "guidance_end=2"):
