@@ -6,6 +6,7 @@ Only what is timed is here. `tools/benchmark.py` runs it, alone or in turns with
 from __future__ import annotations
 
 import functools
+import os
 import resource
 import subprocess
 import sys
@@ -152,6 +153,11 @@ def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str
 def peak_memory() -> int:
     """Bytes this process, or the largest it has waited for, has held at most."""
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+
+
+def physical_memory() -> int:
+    """Bytes of memory this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _command(setting: Setting, weights: Path, flags: Sequence) -> tuple:

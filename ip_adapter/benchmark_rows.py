@@ -16,7 +16,7 @@ COLUMNS = (("task", 16), ("version", 7), ("size", 9), ("batch", 5), ("step/s", 8
 
 
 class Side:
-    """A process that does the work when told to.
+    """A process that does the work when told to, and ends with the `with` block it stands in.
 
     Args:
         words: of its command line.
@@ -25,7 +25,14 @@ class Side:
     def __init__(self, words: list):
         self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True)
-        self.start, self.replies = self.reply(), []
+        self.start, self.replies, self.operators = self.reply(), [], None
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
     def reply(self) -> dict:
         """The next line of JSON; other lines are a library's talk."""
@@ -44,6 +51,10 @@ class Side:
     def work(self) -> None:
         """Do the work once."""
         self.replies.append(self.ask(""))
+
+    def profile(self) -> None:
+        """Do it under a profiler."""
+        self.operators = self.ask("operators")["operators"]
 
     def figures(self, steps: int, images: int) -> dict:
         """Medians of all replies but the first, and what the first took longer."""

@@ -27,7 +27,9 @@ from ip_adapter.benchmark import (  # noqa: E402
     SETTINGS,
     SIZES,
     TASKS,
+    Setting,
     peak_memory,
+    physical_memory,
     prepare,
     setting_of,
 )
@@ -77,6 +79,7 @@ def main(argv: list | None = None) -> None:
     add("--steps", type=in_range(int, 1, 1000), help="denoising steps (default: the document's)")
     add("--repeat", type=in_range(int, 1, 100), default=3, help="how often each is timed, after a first time")
     add("--against", choices=["diffusers"], help="the same work there, in turns")
+    add("--apart", action="store_true", help="that work after ours, not in turns, where memory does not hold both")
     add("--torch_python", type=existing_file, default=sys.executable, help="Python that has torch and diffusers")
     add("--sweep", type=sweep, default=("", [None]), metavar="WHAT=N,N,...",
         help=f"one row for each value of {', '.join(SWEPT)}; size is height and width")
@@ -162,11 +165,9 @@ def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
     """Load, then do the work once for every line of standard input and answer with one of JSON; its operators too, if
     the line says so."""
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
-    setting = setting_of(args.task[0], args.version, batch_size=args.batch_size, height=args.H, width=args.W,
-                         steps=args.steps)
-    loaded, work = prepare(setting, args.weights, config, args.dtype or default_dtype(),
+    loaded, work = prepare(setting_from(args, args.task[0]), args.weights, config, args.dtype or default_dtype(),
                            given(args, *DEVICE_FLAGS, *SHORTCUTS), functools.partial(shortcuts, args))
-    print(json.dumps({"load_seconds": loaded, "setting": asdict(setting)}), flush=True)
+    print(json.dumps({"load_seconds": loaded}), flush=True)
     for line in sys.stdin:
         if line.strip() == "operators":
             print(json.dumps({"operators": operator_times(work)}), flush=True)
@@ -175,40 +176,57 @@ def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
         print(json.dumps({"seconds": seconds, "stepping": stepping, "peak_memory_bytes": peak_memory()}), flush=True)
 
 
+def setting_from(args: argparse.Namespace, task: str) -> Setting:
+    """What the flags make of a task's setting."""
+    return setting_of(task, args.version, batch_size=args.batch_size, height=args.H, width=args.W, steps=args.steps)
+
+
 def given(args: argparse.Namespace, *flags: str) -> list:
     """The words of a command line that set these flags as here; those without a value are left out."""
     return [word for flag in flags if getattr(args, flag) is not None for word in (f"--{flag}", getattr(args, flag))]
 
 
-def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelConfig) -> dict:
-    """One row: the work here, and if asked there, in turns, so that a change of the machine's speed meets both."""
-    words = [sys.executable, __file__, "--worker", "--task", task,
-             *given(args, "version", "batch_size", "H", "W", "steps", "weights", "config", *DEVICE_FLAGS, *SHORTCUTS)]
-    sides = []
-    try:
-        sides.append(Side(words))
-        setting = sides[0].start["setting"]
-        if args.against and task not in ALONE:
-            full = [word for key in ("task", "version", "batch_size", "height", "width", "steps")
-                    for word in (f"--{key}", setting[key])]
-            full += [word for key in ("num_heads", "num_head_channels", "norm_groups")
-                     for word in (f"--{key}", getattr(model, key))]
-            sides.append(Side([args.torch_python, REFERENCE, *full, "--standins", standins / args.version,
-                               "--threads", args.cpu_threads]))
-        for _ in range(1 if task in ("load", "merge") else args.repeat + 1):
+def take_turns(processes: list, times: int, operators: int | None) -> list:
+    """Start processes and let each do its work so often, one after the other; ours once more for its operators."""
+    with ExitStack() as stack:
+        sides = [stack.enter_context(Side(words)) for words in processes]
+        for _ in range(times):
             for side in sides:
                 side.work()
-        operators = sides[0].ask("operators")["operators"] if args.operators else None
-    finally:
-        for side in sides:
-            side.process.stdin.close()
-            side.process.wait()
+        if operators and "--worker" in processes[0]:
+            sides[0].profile()
+    return sides
+
+
+def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelConfig) -> dict:
+    """One row: the work here, and if asked there.
+
+    That is in turns, so that a change of the machine's speed meets both, or, where memory holds but one, after ours.
+    """
+    setting = asdict(setting_from(args, task))
+    processes = [[sys.executable, __file__, "--worker", "--task", task,
+                  *given(args, "version", "batch_size", "H", "W", "steps", "weights", "config", *DEVICE_FLAGS,
+                         *SHORTCUTS)]]
+    if args.against and task not in ALONE:
+        full = [word for key in ("task", "version", "batch_size", "height", "width", "steps")
+                for word in (f"--{key}", setting[key])]
+        full += [word for key in ("num_heads", "num_head_channels", "norm_groups")
+                 for word in (f"--{key}", getattr(model, key))]
+        processes.append([args.torch_python, REFERENCE, *full, "--standins", standins / args.version, "--threads",
+                          args.cpu_threads])
+    times = 1 if task in ("load", "merge") else args.repeat + 1
+    sides = [side for group in ([[words] for words in processes] if args.apart else [processes])
+             for side in take_turns(group, times, args.operators)]
+    held = sum(side.replies[-1]["peak_memory_bytes"] for side in sides)
+    if held > physical_memory() and not args.apart and task not in NO_NETWORK:
+        logging.warning("both sides hold %.1f GiB, more than this machine has, and read their weights from disk again "
+                        "and again: give --apart", held / 2**30)
     by_step = task.startswith("train") or task in ("unet_step", "read")  # others make a batch in all their steps
     images = setting["batch_size"] * (setting["steps"] if by_step else 1)
     steps = 1 if task == "command" else setting["steps"]  # what a command takes is not its steps alone
     ours, *other = (side.figures(steps, images) for side in sides)
     row = {**{key: value for key, value in setting.items() if not key.endswith("per_second")},
-           **{flag: getattr(args, flag) for flag in SHORTCUTS}, **ours, "operators": operators,
+           **{flag: getattr(args, flag) for flag in SHORTCUTS}, **ours, "operators": sides[0].operators,
            "ascend_910": {key: setting[key] for key in ("steps_per_second", "images_per_second")}}
     if task in ("load", "merge"):  # neither has steps
         row.update(seconds_per_step=None, steps_per_second=None, images_per_second=None)

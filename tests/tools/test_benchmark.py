@@ -75,6 +75,25 @@ def test_operators_of_a_row(tmp_path):
     assert lines[0].split()[:2] == [operators[0][0], str(operators[0][1])] and lines[-1].endswith("%")
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_other_side_takes_turns_or_waits_for_our_end(tmp_path, apart):
+    """A stand-in for torch's Python says how many of our workers live while it works, as its seconds."""
+    torch_python = tmp_path / "python"
+    torch_python.write_text("#!/bin/sh\necho '{\"load_seconds\": 1}'\nwhile read line; do n=$(pgrep -fc -- "
+                            f"'--worker.*{tmp_path}'); echo '{{\"seconds\": '$n.5', \"stepping\": 2, "
+                            "\"peak_memory_bytes\": 9000000000000}'; done\n")
+    torch_python.chmod(0o755)
+    done = shell("python", ROOT / "tools/benchmark.py", "--version", "demo", "--task", "unet_step", "--H", "64", "--W",
+                 "64", "--batch_size", "1", "--repeat", "1", "--ms_mode", "1", "--against", "diffusers", "--standins",
+                 tmp_path / "standins", "--torch_python", torch_python, "--json", "speed.json",
+                 *["--apart"] * apart, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row, = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert row["diffusers"]["seconds"] == ([0.5, 0.5] if apart else [1.5, 1.5])
+    assert row["ratio"] == pytest.approx(row["seconds"][1] / 2)
+    assert ("give --apart" in done.stderr) == (not apart)
+
+
 def test_a_plot_of_rows(tmp_path):
     """More seconds and memory lie higher; the first time, which compiles, is left out."""
     other = {"seconds": [1.0, 1.0, 1.0], "peak_memory_bytes": 2**30}
@@ -125,10 +144,9 @@ def test_turns_are_taken_and_medians_compared(tmp_path):
         replies = [json.dumps({"seconds": s, "stepping": s / 2, "peak_memory_bytes": 7}) for s in seconds]
         script.write_text("import sys\nprint('chatter')\nprint('{\"load_seconds\": 5}', flush=True)\n"
                           f"for reply in {replies!r}:\n    sys.stdin.readline()\n    print(reply, flush=True)\n")
-        made = Side([sys.executable, script])
-        for _ in seconds:
-            made.work()
-        made.process.stdin.close()
+        with Side([sys.executable, script]) as made:
+            for _ in seconds:
+                made.work()
         return made.figures(steps=2, images=4)
     ours = side("ours", 9.0, 2.0, 4.0, 3.0)
     assert ours["seconds_per_step"] == pytest.approx(0.75) and ours["images_per_second"] == pytest.approx(4 / 3)
