@@ -116,9 +116,10 @@ def main(argv: list | None = None) -> None:
             raise UserError(f"--{flag} {path}: cannot write into {path.absolute().parent}; name another folder")
     if args.plot and not swept:
         raise UserError("--plot has nothing to draw over; give --sweep, such as --sweep batch_size=1,2,4")
-    if args.operators and set(args.task or ()) & set(NO_NETWORK):
+    idle = [task for task in args.task or () if args.operators and task in NO_NETWORK]
+    if idle:
         raise UserError(f"--operators are those of a network run by the benchmark itself; leave out --task "
-                        f"{', '.join(task for task in args.task if task in NO_NETWORK)}")
+                        f"{', '.join(idle)}")
     unasked = [task for task in known if (not args.against or task not in ALONE) and (not shorter or task in SAMPLED)
                and (not args.operators or task not in NO_NETWORK)]
     with ExitStack() as stack:
@@ -186,14 +187,14 @@ def given(args: argparse.Namespace, *flags: str) -> list:
     return [word for flag in flags if getattr(args, flag) is not None for word in (f"--{flag}", getattr(args, flag))]
 
 
-def take_turns(processes: list, times: int, operators: int | None) -> list:
-    """Start processes and let each do its work so often, one after the other; ours once more for its operators."""
+def take_turns(processes: list, times: int, profiled: bool) -> list:
+    """Start processes and let each do its work so often, in turns; the first once more for its operators, if asked."""
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(words)) for words in processes]
         for _ in range(times):
             for side in sides:
                 side.work()
-        if operators and "--worker" in processes[0]:
+        if profiled:
             sides[0].profile()
     return sides
 
@@ -215,8 +216,9 @@ def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelCon
         processes.append([args.torch_python, REFERENCE, *full, "--standins", standins / args.version, "--threads",
                           args.cpu_threads])
     times = 1 if task in ("load", "merge") else args.repeat + 1
-    sides = [side for group in ([[words] for words in processes] if args.apart else [processes])
-             for side in take_turns(group, times, args.operators)]
+    groups = [[words] for words in processes] if args.apart else [processes]  # ours is the first of the first
+    sides = [side for n, group in enumerate(groups)
+             for side in take_turns(group, times, profiled=n == 0 and args.operators is not None)]
     held = sum(side.replies[-1]["peak_memory_bytes"] for side in sides)
     if held > physical_memory() and not args.apart and task not in NO_NETWORK:
         logging.warning("both sides hold %.1f GiB, more than this machine has, and read their weights from disk again "
