@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 
@@ -23,8 +24,10 @@ class Side:
     """
 
     def __init__(self, words: list):
+        # Importing MindSpore sets OMP_NUM_THREADS=1 behind Python's back, and torch would inherit a single thread.
+        # `os.environ` is what the user has set.
         self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True)
+                                        text=True, env=os.environ)
         self.start, self.replies, self.operators = self.reply(), [], None
 
     def __enter__(self) -> Side:

@@ -137,6 +137,17 @@ def test_mistakes(tmp_path, outcome):
     assert status == 2 and "ended with status 2 before it answered" in line
 
 
+def test_the_other_side_has_the_threads_the_user_gave(monkeypatch):
+    """Not the one to which MindSpore, imported here, limits whatever this process starts."""
+    for given in (None, "3"):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        code = "import json, os; print(json.dumps({'load_seconds': os.environ.get('OMP_NUM_THREADS')}))"
+        with Side([sys.executable, "-c", code]) as side:
+            assert side.start["load_seconds"] == given
+
+
 def test_turns_are_taken_and_medians_compared(tmp_path):
     """Two stand-ins for workers that say how long they took: the first time is compiling, the rest count."""
     def side(name, *seconds):
