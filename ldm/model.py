@@ -43,14 +43,15 @@ class GuidedDenoiser(nn.Cell):
             hints: (N, M, H, W) embedded hint of each ControlNet.
             control_scales: (N,) float32.
             deep: features of an earlier step, B or 2 B as the context, to use in place of new ones; None to make them.
-            residual: what belongs to them.
+            residual: what belongs to them, of B or 2 B as well.
 
         Returns:
             (B, 4, H, W) float32, and what later steps may be given: deep features, and the ControlNets' residual beside
             them, or () zero without.
         """
         guided = context.shape[0] == 2 * x.shape[0]
-        batch = ops.concat((x, x), 0) if guided else x
+        # Without a vector condition both halves are the same until the context comes in, and the UNet makes them once.
+        batch = ops.concat((x, x), 0) if guided and y is not None else x
         timesteps = ops.broadcast_to(timestep, (batch.shape[0],))
         emb = self.unet.embed(timesteps, y)
         if deep is None:

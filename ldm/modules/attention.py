@@ -12,10 +12,11 @@ from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
-from ldm.modules.operators import Compiled, WeightedValues, in_turn, joined
+from ldm.modules.operators import Compiled, WeightedValues, in_turn, joined, repeated_like
 
-# Largest score matrix held at a time where there is no fused operator, in elements (64 MiB of float32).
-SCORE_ELEMENTS = 1 << 24
+# Largest score matrix held at a time where there is no fused operator, in elements (16 MiB of float32): it stays in a
+# last cache of 32 MiB between products and softmax.
+SCORE_ELEMENTS = 1 << 22
 # Ascend's fused attention takes float16 and heads up to this size; the autoencoder's single head is 512 wide.
 FUSED_HEAD_SIZE = 256
 
@@ -165,7 +166,10 @@ class FeedForward(nn.Cell):
 
 
 class BasicTransformerBlock(nn.Cell):
-    """Self-attention, attention to the context, feed-forward; each after a norm and added to its input."""
+    """Self-attention, attention to the context, feed-forward; each after a norm and added to its input.
+
+    x may stand for several pieces of the context's batch, of which it is the same: up to here they are one.
+    """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int, dtype=mstype.float32):
         super().__init__()
@@ -176,7 +180,7 @@ class BasicTransformerBlock(nn.Cell):
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         y = self.norm1(x)
-        x = self.attn1(y, y) + x
+        x = repeated_like(self.attn1(y, y) + x, context)
         x = self.attn2(self.norm2(x), context) + x
         return self.ff(self.norm3(x)) + x
 
@@ -205,11 +209,11 @@ class SpatialTransformer(nn.Cell):
         self.proj_out = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W) and (B, T, D) -> (B, C, H, W)."""
+        """(B, C, H, W) and (B or n B, T, D) -> (B or n B, C, H, W)."""
         batch, channels, height, width = x.shape
         y = self.transpose(self.norm(x).reshape((batch, channels, height * width)), (0, 2, 1))  # (B, N, C)
         y = self.proj_in(y)
         for block in self.transformer_blocks:
             y = block(y, context)
-        y = self.transpose(self.proj_out(y), (0, 2, 1)).reshape((batch, channels, height, width))
-        return y + x
+        y = self.transpose(self.proj_out(y), (0, 2, 1)).reshape((context.shape[0], channels, height, width))
+        return y + repeated_like(x, y)

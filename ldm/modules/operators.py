@@ -137,6 +137,12 @@ def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: flo
 _bias_add = BiasAdd()
 
 
+def repeated_like(x: Tensor, other: Tensor) -> Tensor:
+    """x, (B, ...), as often as the batch of the other holds it: what both sides of the guidance share is made once."""
+    times = other.shape[0] // x.shape[0]
+    return x if times == 1 else ops.concat((x,) * times, 0)
+
+
 def in_turn(x: Tensor, results: list) -> Tensor:
     """x, for what is to begin when the last of `results` is there: a graph would make all portions side by side."""
     return ops.depend(x, results[-1]) if results else x

@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.convolution import Conv2d
 from ldm.modules.layers import GroupNorm, Linear, SiLU, Upsample, timestep_embedding
-from ldm.modules.operators import add_to_maps
+from ldm.modules.operators import add_to_maps, repeated_like
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class ResBlock(nn.Cell):
             nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1, dtype=dtype))
 
     def construct(self, x: Tensor, emb: Tensor) -> Tensor:
-        """(B, C, H, W) and (B, E) -> (B, C', H, W)."""
-        y = add_to_maps(self.in_layers(x), self.emb_layers(emb))
+        """(n B, C, H, W) and (B, E) -> (n B, C', H, W)."""
+        y = add_to_maps(self.in_layers(x), repeated_like(self.emb_layers(emb), x))
         return self.skip_connection(x) + self.out_layers(y)
 
 
@@ -187,19 +187,20 @@ class UNetModel(UNetEncoder):
         Args:
             x: (B, 4, H, W) noisy latents, any H and W.
             timesteps: (B,) int or float.
-            context: (B, T, D) text tokens, followed by image tokens if the UNet is patched for them.
+            context: (B, T, D) text tokens, followed by image tokens if the UNet is patched for them; or (n B, T, D),
+                for n predictions of each latent, and what comes before the first attention to the context is made once.
             y: (B, V) vector condition of SDXL, or None.
             control: residuals of a ControlNet, one per input block and one for the middle, or None.
 
         Returns:
-            (B, 4, H, W) float32.
+            (B or n B, 4, H, W) float32.
         """
         emb = self.embed(timesteps, y)
         deep, skip = self.features(x, emb, context, control)
         return self.last_block(deep, skip, emb, context)
 
     def features(self, x: Tensor, emb: Tensor, context: Tensor, control=None) -> tuple:
-        """All but the last output block: (B, C, H, W) that it is given, and the (B, M, H, W) skip beside it.
+        """All but the last output block: (n B, C, H, W) that it is given, and the (B, M, H, W) skip beside it.
 
         The former changes slowly from step to step (arXiv 2312.00858), and holds nine tenths of the work.
         """
@@ -217,7 +218,7 @@ class UNetModel(UNetEncoder):
             if control is not None:
                 skip = skip + control[last - 1 - i]
             after = skips[last - 2 - i].shape  # an odd size is only found again in the next skip
-            h = self.output_blocks[i](ops.concat((h, skip), 1), emb, context, after[2], after[3])
+            h = self.output_blocks[i](ops.concat((h, repeated_like(skip, h)), 1), emb, context, after[2], after[3])
         return h, skips[0] if control is None else skips[0] + control[0]
 
     def first_skip(self, x: Tensor) -> Tensor:
@@ -225,7 +226,7 @@ class UNetModel(UNetEncoder):
         return self.input_blocks[0](x.astype(self.dtype), None, None, 0, 0)
 
     def last_block(self, deep: Tensor, skip: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        """The noise, (B, 4, H, W) float32, from what `features` and `embed` give."""
+        """The noise, (n B, 4, H, W) float32, from what `features` and `embed` give."""
         h = self.output_blocks[len(self.output_blocks) - 1](
-            ops.concat((deep, skip), 1), emb, context.astype(self.dtype), 0, 0)
+            ops.concat((deep, repeated_like(skip, deep)), 1), emb, context.astype(self.dtype), 0, 0)
         return self.out(h).astype(mstype.float32)

@@ -58,12 +58,26 @@ def context(expected, n: int) -> Tensor:
     return Tensor(np.concatenate([np.repeat(side, n, 0) for side in sides]))
 
 
-def test_unet_with_image_branch_at_an_odd_size(model, expected):
-    latents = np.load(DATA / "sd_latents.npy")
+@pytest.mark.parametrize("times", [1, 2])
+def test_unet_with_image_branch_at_an_odd_size(model, expected, times):
+    """Both halves of the guidance as a batch of four latents, or as two that the UNet itself takes twice."""
+    latents = np.concatenate([np.load(DATA / "sd_latents.npy")] * (2 // times))
     model.set_ip_scale(0.8)
-    noise = model.diffusion.unet(Tensor(np.concatenate([latents, latents])), Tensor([float(expected["timestep"])] * 4),
+    noise = model.diffusion.unet(Tensor(latents), Tensor([float(expected["timestep"])] * len(latents)),
                                  context(expected, 2))
     assert_close(noise.asnumpy(), expected["unet_output"])
+
+
+def test_both_halves_are_one_until_the_context_comes_in(model, expected):
+    """The first residual block and self-attention are given two latents for a context of four, the next block four."""
+    seen, blocks = [], model.diffusion.unet.input_blocks
+    watched = [blocks[1].cell_list[0], blocks[1].cell_list[1].transformer_blocks[0].attn1, blocks[2].cell_list[0]]
+    hooks = [cell.register_forward_pre_hook(lambda cell, inputs: seen.append(len(inputs[0]))) for cell in watched]
+    latents = Tensor(np.load(DATA / "sd_latents.npy"))
+    model.diffusion.guided(latents, Tensor(500.0, ms.float32), context(expected, 2), Tensor(7.5, ms.float32))
+    for hook in hooks:
+        hook.remove()
+    assert seen == [2, 2, 4]
 
 
 @pytest.fixture
@@ -154,7 +168,7 @@ def test_kept_features_give_the_same_noise(model, expected, hint, mode):
             if mode == ms.GRAPH_MODE:
                 return  # each further call compiles for half a minute, and nothing else
         alone = ask(both[2:], both[2:, :77], *control)[0].asnumpy()
-        assert_close(ask(both[2:], None, None, None, deep[2:], residual[2:])[0].asnumpy(), alone, 1e-5)
+        assert_close(ask(both[2:], None, None, None, deep[2:], residual[-2:])[0].asnumpy(), alone, 1e-5)
         assert np.abs(noise.asnumpy() - alone).max() > 0.01
     finally:
         ms.set_context(mode=ms.PYNATIVE_MODE)
