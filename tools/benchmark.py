@@ -78,8 +78,8 @@ def main(argv: list | None = None) -> None:
     add("--W", type=multiple_of_8, help="width in pixels (default: the document's)")
     add("--steps", type=in_range(int, 1, 1000), help="denoising steps (default: the document's)")
     add("--repeat", type=in_range(int, 1, 100), default=3, help="how often each is timed, after a first time")
-    add("--against", choices=["diffusers"], help="the same work there, in turns")
-    add("--apart", action="store_true", help="that work after ours, not in turns, where memory does not hold both")
+    add("--against", choices=["diffusers"], help="the same work there, in turns, or "
+        "afterwards if memory does not hold both")
     add("--torch_python", type=existing_file, default=sys.executable, help="Python that has torch and diffusers")
     add("--sweep", type=sweep, default=("", [None]), metavar="WHAT=N,N,...",
         help=f"one row for each value of {', '.join(SWEPT)}; size is height and width")
@@ -187,23 +187,31 @@ def given(args: argparse.Namespace, *flags: str) -> list:
     return [word for flag in flags if getattr(args, flag) is not None for word in (f"--{flag}", getattr(args, flag))]
 
 
-def take_turns(processes: list, times: int, profiled: bool) -> list:
-    """Start processes and let each do its work so often, in turns; the first once more for its operators, if asked."""
+def take_turns(processes: list, times: int, profiled: bool, bounded: bool) -> list:
+    """Start processes and let each do its work so often, the first once more for its operators, if asked.
+
+    That is in turns, so that a change of the machine's speed meets all of them. If they turn out to hold more than the
+    memory of the machine, and are `bounded` by it, they would read their weights from disk again and again: then it is
+    one after the other.
+    """
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(words)) for words in processes]
-        for _ in range(times):
+        for turn in range(times):
             for side in sides:
                 side.work()
-        if profiled:
-            sides[0].profile()
-    return sides
+            held = sum(side.replies[-1]["peak_memory_bytes"] for side in sides)
+            if turn == 0 and len(sides) > 1 and bounded and held > physical_memory():
+                break
+        else:
+            if profiled:
+                sides[0].profile()
+            return sides
+    logging.info("both sides hold %.1f GiB, more than this machine has: one after the other", held / 2**30)
+    return [side for n, words in enumerate(processes) for side in take_turns([words], times, profiled and n == 0, True)]
 
 
 def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelConfig) -> dict:
-    """One row: the work here, and if asked there.
-
-    That is in turns, so that a change of the machine's speed meets both, or, where memory holds but one, after ours.
-    """
+    """One row: the work here, and if asked there."""
     setting = asdict(setting_from(args, task))
     processes = [[sys.executable, __file__, "--worker", "--task", task,
                   *given(args, "version", "batch_size", "H", "W", "steps", "weights", "config", *DEVICE_FLAGS,
@@ -216,13 +224,8 @@ def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelCon
         processes.append([args.torch_python, REFERENCE, *full, "--standins", standins / args.version, "--threads",
                           args.cpu_threads])
     times = 1 if task in ("load", "merge") else args.repeat + 1
-    groups = [[words] for words in processes] if args.apart else [processes]  # ours is the first of the first
-    sides = [side for n, group in enumerate(groups)
-             for side in take_turns(group, times, profiled=n == 0 and args.operators is not None)]
-    held = sum(side.replies[-1]["peak_memory_bytes"] for side in sides)
-    if held > physical_memory() and not args.apart and task not in NO_NETWORK:
-        logging.warning("both sides hold %.1f GiB, more than this machine has, and read their weights from disk again "
-                        "and again: give --apart", held / 2**30)
+    # A command holds nothing between its turns.
+    sides = take_turns(processes, times, args.operators is not None, task not in NO_NETWORK)
     by_step = task.startswith("train") or task in ("unet_step", "read")  # others make a batch in all their steps
     images = setting["batch_size"] * (setting["steps"] if by_step else 1)
     steps = 1 if task == "command" else setting["steps"]  # what a command takes is not its steps alone
