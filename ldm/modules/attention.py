@@ -83,6 +83,7 @@ def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask, rows: int) -> Tensor:
     parts, queries = [], q.shape[1]
     if queries <= rows:
         return _product(q, k, v, mask)
+    k, v = k.contiguous(), v.contiguous()  # PyNative copies a view, slowly, whenever it is read
     for first in range(0, queries, rows):
         count = min(rows, queries - first)
         masked = None if mask is None else ops.narrow(mask, 0, first, count)
