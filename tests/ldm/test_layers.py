@@ -143,6 +143,21 @@ def test_attention(monkeypatch, limit):
     np.testing.assert_allclose(y, attend_by_definition(q, k, v, 3, mask), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [ms.PYNATIVE_MODE, ms.GRAPH_MODE])
+def test_gradients_of_attention_by_portions(monkeypatch, mode):
+    q, k, v = (Tensor(normal(2, 9, 12)) for _ in range(3))
+    gradients = []
+    ms.set_context(mode=mode)
+    try:
+        for limit in (1 << 24, 30):  # all at once, parts of one head
+            monkeypatch.setattr(attention, "SCORE_ELEMENTS", limit)
+            gradients.append(ms.grad(Attention(3), (0, 1, 2))(q, k, v))
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+    for whole, parts in zip(*gradients):
+        np.testing.assert_allclose(parts.asnumpy(), whole.asnumpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_attention_with_a_mask():
     q = normal(1, 6, 8)
     mask = np.triu(np.full((6, 6), -np.inf, np.float32), 1)
