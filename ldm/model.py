@@ -12,6 +12,7 @@ from ldm.ddim import sample_ddim
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.controlnet import ControlNet
+from ldm.modules.operators import repeated_like
 from ldm.modules.tokenizer import CLIPTokenizer
 from ldm.modules.unet import UNetModel
 from ldm.schedule import NoiseSchedule, leading_timesteps
@@ -51,7 +52,7 @@ class GuidedDenoiser(nn.Cell):
         """
         guided = context.shape[0] == 2 * x.shape[0]
         # Without a vector condition both halves are the same until the context comes in, and the UNet makes them once.
-        batch = ops.concat((x, x), 0) if guided and y is not None else x
+        batch = x if y is None else repeated_like(x, context)
         timesteps = ops.broadcast_to(timestep, (batch.shape[0],))
         emb = self.unet.embed(timesteps, y)
         if deep is None:

@@ -198,13 +198,13 @@ def take_turns(processes: list, times: int, profiled: bool, bounded: bool) -> li
     """
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(words)) for words in processes]
-        for turn in range(times):
-            for side in sides:
-                side.work()
-            held = sum(side.replies[-1]["peak_memory_bytes"] for side in sides)
-            if turn == 0 and len(sides) > 1 and bounded and held > MEMORY_SHARE * physical_memory():
-                break
-        else:
+        for side in sides:
+            side.work()
+        held = sum(side.replies[0]["peak_memory_bytes"] for side in sides)
+        if len(sides) == 1 or not bounded or held <= MEMORY_SHARE * physical_memory():
+            for _ in range(times - 1):
+                for side in sides:
+                    side.work()
             if profiled:
                 sides[0].profile()
             return sides

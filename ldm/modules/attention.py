@@ -169,7 +169,7 @@ class FeedForward(nn.Cell):
 class BasicTransformerBlock(nn.Cell):
     """Self-attention, attention to the context, feed-forward; each after a norm and added to its input.
 
-    x may stand for several pieces of the context's batch, of which it is the same: up to here they are one.
+    The context may be of a multiple of x's batch; then x is repeated after self-attention, which is made once.
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int, dtype=mstype.float32):
