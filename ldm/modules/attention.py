@@ -12,7 +12,7 @@ from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
-from ldm.modules.operators import Compiled, WeightedValues, in_turn, joined, repeated_like
+from ldm.modules.operators import Reordered, WeightedValues, in_turn, joined, repeated_like
 
 # Largest score matrix held at a time where there is no fused operator, in elements (16 MiB of float32): it stays in a
 # last cache of 32 MiB between products and softmax.
@@ -35,7 +35,7 @@ class Attention(nn.Cell):
         super().__init__()
         self.num_heads = num_heads
         self.fused = on_ascend()
-        self.transpose = Compiled(ops.transpose)
+        self.swap = Reordered((0, 2, 1, 3))  # heads and positions
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
         """Attend.
@@ -69,13 +69,13 @@ class Attention(nn.Cell):
         for a, b, c in portions:
             parts.append(_by_queries(in_turn(a, parts), b, c, mask, rows))
         y = joined(parts, 0).reshape((batch, self.num_heads, queries, width // self.num_heads))
-        return self.transpose(y, (0, 2, 1, 3)).reshape((batch, queries, width))
+        return self.swap(y).reshape((batch, queries, width))
 
     def by_head(self, x: Tensor) -> Tensor:
         """(B, N, h * d) -> (B h, N, d)."""
         batch, count, width = x.shape
         x = x.reshape((batch, count, self.num_heads, width // self.num_heads))
-        return self.transpose(x, (0, 2, 1, 3)).reshape((-1, count, width // self.num_heads))
+        return self.swap(x).reshape((-1, count, width // self.num_heads))
 
 
 def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask, rows: int) -> Tensor:
@@ -206,15 +206,13 @@ class SpatialTransformer(nn.Cell):
         self.proj_in = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
         self.transformer_blocks = nn.CellList(
             [BasicTransformerBlock(channels, num_heads, context_dim, dtype) for _ in range(depth)])
-        self.transpose = Compiled(ops.transpose)
         self.proj_out = Linear(channels, channels, as_convolution=not use_linear, dtype=dtype)
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W) and (B or n B, T, D) -> (B or n B, C, H, W)."""
         batch, channels, height, width = x.shape
-        y = self.transpose(self.norm(x).reshape((batch, channels, height * width)), (0, 2, 1))  # (B, N, C)
-        y = self.proj_in(y)
+        y = self.proj_in.from_maps(self.norm(x).reshape((batch, channels, height * width)))  # (B, N, C)
         for block in self.transformer_blocks:
             y = block(y, context)
-        y = self.transpose(self.proj_out(y), (0, 2, 1)).reshape((context.shape[0], channels, height, width))
+        y = self.proj_out.to_maps(y).reshape((context.shape[0], channels, height, width))
         return y + repeated_like(x, y)

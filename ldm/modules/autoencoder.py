@@ -3,13 +3,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from ldm.modules.attention import Attention
 from ldm.modules.convolution import Conv2d
-from ldm.modules.layers import GroupNorm, Upsample, normed_conv
-from ldm.modules.operators import Compiled
+from ldm.modules.layers import GroupNorm, Linear, Upsample, normed_conv
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,16 @@ class AttnBlock(nn.Cell):
     def __init__(self, channels: int, groups: int, dtype):
         super().__init__()
         self.norm = GroupNorm(channels, groups, epsilon=1e-6)
-        self.q = Conv2d(channels, channels, 1, dtype=dtype)
-        self.k = Conv2d(channels, channels, 1, dtype=dtype)
-        self.v = Conv2d(channels, channels, 1, dtype=dtype)
-        self.proj_out = Conv2d(channels, channels, 1, dtype=dtype)
-        self.attend, self.transpose = Attention(1), Compiled(ops.transpose)
+        self.q = Linear(channels, channels, as_convolution=True, dtype=dtype)
+        self.k = Linear(channels, channels, as_convolution=True, dtype=dtype)
+        self.v = Linear(channels, channels, as_convolution=True, dtype=dtype)
+        self.proj_out = Linear(channels, channels, as_convolution=True, dtype=dtype)
+        self.attend = Attention(1)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        y = self.attend(self._tokens(self.q(y)), self._tokens(self.k(y)), self._tokens(self.v(y)))
-        return x + self.proj_out(self.transpose(y, (0, 2, 1)).reshape(x.shape))
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        return self.transpose(x.reshape((x.shape[0], x.shape[1], -1)), (0, 2, 1))  # (B, H W, C)
+        y = self.norm(x).reshape((x.shape[0], x.shape[1], -1))
+        y = self.attend(self.q.from_maps(y), self.k.from_maps(y), self.v.from_maps(y))
+        return x + self.proj_out.to_maps(y).reshape(x.shape)
 
 
 class _Middle(nn.Cell):

@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.device import on_ascend
-from ldm.modules.operators import BiasAdd, Compiled, in_turn, joined, pad
+from ldm.modules.operators import BiasAdd, Reordered, in_turn, joined, pad
 
 # Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
 # would need 1.2 GB at once.
@@ -62,7 +62,7 @@ class Conv2d(nn.Cell):
                       and in_channels >= TILED_CHANNELS)
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
         self.bias_add = BiasAdd()
-        self.transpose = Compiled(ops.transpose)
+        self.swap, self.turn = Reordered((1, 0, 2)), Reordered((2, 1, 0, 3))
         self.transforms = {side: tuple(Tensor(np.kron(matrix, matrix).astype(np.float32))
                                        for matrix in tile_transforms(side)) for side in TILE_POINTS}
 
@@ -116,12 +116,12 @@ class Conv2d(nn.Cell):
             block = x if here == height else in_turn(ops.narrow(x, 2, first, here + 2), blocks)
             tiles = ops.unfold(block, side + 2, padding=padding, stride=side)
             positions = here // side * across
-            tiles = self.transpose(tiles.reshape((batch, channels, count, positions)), (2, 1, 0, 3))
+            tiles = self.turn(tiles.reshape((batch, channels, count, positions)))
             tiles = ops.MatMul()(of_input, tiles.reshape((count, channels * batch * positions)))
             y = _tile_products(tiles.reshape((count, channels, batch * positions)), weight, of_weight, to_output)
-            y = y.reshape((side, side, self.out_channels, batch, here // side, across))
-            y = self.transpose(y, (3, 2, 4, 0, 5, 1))
-            blocks.append(y.reshape((batch, self.out_channels, here, width)))
+            y = self.turn(y.reshape((side * side, self.out_channels, batch, positions)))
+            y = y.reshape((batch, self.out_channels * side * side, positions))
+            blocks.append(ops.fold(y, _size(here, width), (side, side), stride=(side, side)))
         return joined(blocks, 2)
 
     def by_columns(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -138,9 +138,9 @@ class Conv2d(nn.Cell):
         if inside == 0:
             x = pad(x, self.padding)
         if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
-            columns = self.transpose(self.columns(x, inside), (1, 0, 2)).reshape((self.depth, batch * out_h * out_w))
-            y = ops.MatMul()(weight, columns).reshape((self.out_channels, batch, out_h, out_w))
-            return self.transpose(y, (1, 0, 2, 3))
+            columns = self.swap(self.columns(x, inside)).reshape((self.depth, batch * out_h * out_w))
+            y = self.swap(ops.MatMul()(weight, columns).reshape((self.out_channels, batch, out_h * out_w)))
+            return y.reshape((batch, self.out_channels, out_h, out_w))
         pictures = []
         for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
             picture, blocks = in_turn(picture, pictures), []
@@ -159,6 +159,11 @@ class Conv2d(nn.Cell):
         if self.kernel_size == 1 and self.stride == 1:
             return x.reshape((x.shape[0], x.shape[1], x.shape[2] * x.shape[3]))
         return ops.unfold(x, self.kernel_size, padding=padding, stride=self.stride)
+
+
+@ops.constexpr
+def _size(height: int, width: int) -> Tensor:
+    return Tensor([height, width], mstype.int32)
 
 
 def _tile_products(tiles: Tensor, weight: Tensor, of_weight: Tensor, to_output: Tensor) -> Tensor:

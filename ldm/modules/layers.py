@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.modules.convolution import Conv2d
-from ldm.modules.operators import BiasAdd, Compiled, group_norm, layer_norm, spread
+from ldm.modules.operators import BiasAdd, Compiled, Reordered, group_norm, layer_norm, spread
 
 # Of larger feature maps, in elements (256 MiB of float32), what lies between norm and convolution is made in row
 # blocks.
@@ -43,14 +43,33 @@ class Linear(nn.Cell):
         self.as_convolution = as_convolution
         self.weight = _weight((out_channels, in_channels) + (1, 1) * as_convolution, dtype)
         self.bias = _zeros((out_channels,), dtype) if has_bias else None
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.matmul, self.turned = ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True, transpose_b=True)
+        self.swap = Reordered((1, 0, 2))  # pictures and channels
         self.bias_add = BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.as_convolution:
-            weight = weight.reshape((self.out_channels, self.in_channels))
-        return self._product(x, weight, self.bias)
+        return self._product(x, self._matrix(), self.bias)
+
+    def from_maps(self, x: Tensor) -> Tensor:
+        """What `construct` gives for each position of (B, C, N) maps: (B, N, C'). The product turns them."""
+        batch, channels, count = x.shape
+        y = self.turned(self.swap(x).reshape((channels, batch * count)), self._matrix())
+        if self.has_bias:
+            y = self.bias_add(y, self.bias)
+        return y.reshape((batch, count, self.out_channels))
+
+    def to_maps(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, C', N): the maps of what `construct` gives."""
+        batch, count, channels = x.shape
+        y = self.matmul(self._matrix(), x.reshape((batch * count, channels)))
+        y = self.swap(y.reshape((self.out_channels, batch, count)))
+        if self.has_bias:
+            y = self.bias_add(y.reshape((batch, self.out_channels, count, 1)), self.bias)
+        return y.reshape((batch, self.out_channels, count))
+
+    def _matrix(self) -> Tensor:
+        shape = self.out_channels, self.in_channels
+        return self.weight.reshape(shape) if self.as_convolution else self.weight
 
     def halves(self, x: Tensor) -> tuple:
         """The first and the second half of the output's channels; a product for each is cheaper than cutting one."""

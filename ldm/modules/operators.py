@@ -5,9 +5,11 @@ three times as long as what they are made of, and in gradients sums over an axis
 from __future__ import annotations
 
 import functools
+import math
 from typing import Callable
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
@@ -66,6 +68,44 @@ class WeightedValues(nn.Cell):
         dscores = (dscores.astype(mstype.float32) * weights).astype(q.dtype)
         dv = self.transposed(weights.astype(v.dtype), dy)
         return self.values(dscores, k), self.transposed(dscores, q), dv
+
+
+class Reordered(nn.Cell):
+    """A transpose that leaves the last axis, or more of the last ones, where they are.
+
+    On the CPU their rows are gathered. MindSpore's own transpose copies a view in PyNative, four times as slowly, and
+    for a graph lists the place of every element when it compiles: 8 to 16 bytes each that are kept, and 60 ns.
+
+    Args:
+        axes: of the input, in their new order.
+    """
+
+    def __init__(self, axes: tuple):
+        super().__init__()
+        self.axes, self.inverse, self.native = axes, tuple(int(n) for n in np.argsort(axes)), on_ascend()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.transpose(x, self.axes) if self.native else _reordered(x, self.axes)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
+        """The gradient in the old order; that of gather itself adds up row after row."""
+        return (ops.transpose(dout, self.inverse) if self.native else _reordered(dout, self.inverse),)
+
+
+def _reordered(x: Tensor, axes: tuple) -> Tensor:
+    order, size, shape = _row_order(x.shape, axes)
+    return x.reshape(shape) if order is None else ops.gather(x.reshape((-1, size)), order, 0).reshape(shape)
+
+
+@ops.constexpr
+@functools.lru_cache(None)
+def _row_order(shape: tuple, axes: tuple) -> tuple:
+    """Which rows a transpose takes, None if all stay where they are; how long one is; and the new shape."""
+    moved = max((n + 1 for n, axis in enumerate(axes) if n != axis), default=0)
+    order = np.arange(math.prod(shape[:moved])).reshape(shape[:moved]).transpose(axes[:moved]).ravel()
+    stays = (order == np.arange(len(order))).all()
+    return (None if stays else Tensor(order.astype(np.int32)), math.prod(shape[moved:]),
+            tuple(shape[axis] for axis in axes))
 
 
 class Compiled(nn.Cell):

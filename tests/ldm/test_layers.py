@@ -30,8 +30,12 @@ from tests.conftest import fill, normal
 def test_linear(as_convolution):
     linear = Linear(6, 4, as_convolution=as_convolution)
     fill(linear)
-    x, weight = normal(2, 3, 6), linear.weight.asnumpy().reshape(4, 6)
-    np.testing.assert_allclose(linear(Tensor(x)).asnumpy(), x @ weight.T + linear.bias.asnumpy(), rtol=1e-5, atol=1e-5)
+    x = normal(2, 3, 6)
+    maps = Tensor(x.transpose(0, 2, 1).copy())
+    expected = x @ linear.weight.asnumpy().reshape(4, 6).T + linear.bias.asnumpy()
+    for y in (linear(Tensor(x)), linear.from_maps(maps)):
+        np.testing.assert_allclose(y.asnumpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(linear.to_maps(Tensor(x)).asnumpy(), expected.transpose(0, 2, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])

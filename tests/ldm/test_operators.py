@@ -10,6 +10,7 @@ import ldm.modules.operators as operators
 from ldm.modules.operators import (
     BiasAdd,
     Compiled,
+    Reordered,
     WeightedValues,
     add_to_maps,
     group_norm,
@@ -69,17 +70,6 @@ class Raised(nn.Cell):
         return add_to_maps(x, values) if self.own else x + values.reshape(values.shape + (1, 1))
 
 
-class Turned(nn.Cell):
-    """Axes in one other order."""
-
-    def __init__(self):
-        super().__init__()
-        self.transpose = Compiled(ops.transpose)
-
-    def construct(self, x):
-        return self.transpose(x, (3, 1, 0, 2))
-
-
 @pytest.fixture(params=[ms.GRAPH_MODE, ms.PYNATIVE_MODE], autouse=True)
 def mode(request):
     ms.set_context(mode=request.param)
@@ -115,13 +105,15 @@ def test_weighted_values_in_float16():
     assert all(gradient.dtype == ms.float16 and np.isfinite(gradient.asnumpy()).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("large", [1, 1000])  # compiled, and as a view
-def test_transpose(monkeypatch, large):
-    monkeypatch.setattr(operators, "LARGE", large)
-    x, weights = normal(2, 3, 4, 5), normal(5, 3, 2, 4)
-    np.testing.assert_array_equal(Turned()(Tensor(x)).asnumpy(), x.transpose(3, 1, 0, 2))
-    gradient = ms.grad(Weighed(Turned(), Tensor(weights)))(Tensor(x))
-    np.testing.assert_allclose(gradient.asnumpy(), weights.transpose(2, 1, 3, 0))
+@pytest.mark.parametrize("axes", [(2, 1, 0, 3), (1, 0, 2, 3), (0, 2, 1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 1, 5)])
+def test_reordered(shape, axes):
+    x = normal(*shape)
+    expected = x.transpose(axes)
+    np.testing.assert_array_equal(Reordered(axes)(Tensor(x)).asnumpy(), expected)
+    weights = normal(*expected.shape)
+    gradient = ms.grad(Weighed(Reordered(axes), Tensor(weights)))(Tensor(x))
+    np.testing.assert_array_equal(gradient.asnumpy(), weights.transpose(np.argsort(axes)))
 
 
 @pytest.mark.parametrize("large", [1, 10000])
