@@ -12,7 +12,7 @@ from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
-from ldm.modules.operators import Reordered, WeightedValues, in_turn, joined, repeated_like
+from ldm.modules.operators import in_turn, repeated_like, swap_inner, weighted_values
 
 # Largest score matrix held at a time where there is no fused operator, in elements (16 MiB of float32): it stays in a
 # last cache of 32 MiB between products and softmax.
@@ -35,7 +35,6 @@ class Attention(nn.Cell):
         super().__init__()
         self.num_heads = num_heads
         self.fused = on_ascend()
-        self.swap = Reordered((0, 2, 1, 3))  # heads and positions
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = None) -> Tensor:
         """Attend.
@@ -49,43 +48,58 @@ class Attention(nn.Cell):
         Returns:
             (B, N, h * d), dtype of q.
         """
-        size = q.shape[-1] // self.num_heads
-        q = q * (1.0 / math.sqrt(size))
-        if self.fused and mask is None and q.dtype == mstype.float16 and size <= FUSED_HEAD_SIZE:
+        q, widest = _scaled(q, self.num_heads), FUSED_HEAD_SIZE * self.num_heads
+        if self.fused and mask is None and q.dtype == mstype.float16 and q.shape[-1] <= widest:
             return fused_attention(q, k, v, self.num_heads)
-        return self.by_portions(q, k, v, mask)
+        return by_portions(q, k, v, mask, self.num_heads)
 
-    def by_portions(self, q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-        """What `construct` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time."""
-        batch, queries, width = q.shape
-        groups, tokens = batch * self.num_heads, k.shape[1]
-        q, k, v = [self.by_head(x) for x in (q, k, v)]  # (B h, N or T, d)
-        together = min(groups, max(1, SCORE_ELEMENTS // (queries * tokens)))
-        while groups % together:
-            together -= 1
-        rows, parts, portions = max(1, SCORE_ELEMENTS // (together * tokens)), [], [(q, k, v)]
-        if together < groups:
-            portions = zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0))
-        for a, b, c in portions:
+
+# Functions, not methods, for the time a graph takes to compile: all layers of equal shapes share them.
+
+
+def _scaled(q: Tensor, num_heads: int) -> Tensor:
+    return q * (1.0 / math.sqrt(q.shape[-1] // num_heads))
+
+
+def by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) -> Tensor:
+    """What `Attention` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time."""
+    together, rows, shape = _portions(q.shape, k.shape, num_heads, SCORE_ELEMENTS)
+    width, parts = q.shape, []
+    q, k, v = _by_head(q, num_heads), _by_head(k, num_heads), _by_head(v, num_heads)
+    if together == q.shape[0]:
+        y = _by_queries(q, k, v, mask, rows)
+    else:
+        for a, b, c in zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0)):
             parts.append(_by_queries(in_turn(a, parts), b, c, mask, rows))
-        y = joined(parts, 0).reshape((batch, self.num_heads, queries, width // self.num_heads))
-        return self.swap(y).reshape((batch, queries, width))
-
-    def by_head(self, x: Tensor) -> Tensor:
-        """(B, N, h * d) -> (B h, N, d)."""
-        batch, count, width = x.shape
-        x = x.reshape((batch, count, self.num_heads, width // self.num_heads))
-        return self.swap(x).reshape((-1, count, width // self.num_heads))
+        y = ops.concat(parts, 0)
+    return swap_inner(y.reshape(shape)).reshape(width)
 
 
-def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask, rows: int) -> Tensor:
-    """The product of some heads, `rows` of their queries at a time."""
-    parts, queries = [], q.shape[1]
-    if queries <= rows:
+@ops.constexpr
+def _portions(q: tuple, k: tuple, num_heads: int, most: int) -> tuple:
+    """How many heads of a batch are taken together; (first query, how many) of at most so many scores; and the output's
+    shape by head."""
+    groups, queries, tokens = q[0] * num_heads, q[1], k[1]
+    together = min(groups, max(1, most // (queries * tokens)))
+    while groups % together:
+        together -= 1
+    rows = max(1, most // (together * tokens))
+    return (together, tuple((first, min(rows, queries - first)) for first in range(0, queries, rows)),
+            (q[0], num_heads, queries, q[2] // num_heads))
+
+
+def _by_head(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, h * d) -> (B h, N, d)."""
+    batch, count, _ = x.shape
+    return swap_inner(x.reshape((batch, count, num_heads, -1))).reshape((batch * num_heads, count, -1))
+
+
+def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask, rows: tuple) -> Tensor:
+    """The product of some heads, for some of their queries at a time."""
+    if len(rows) == 1:
         return _product(q, k, v, mask)
-    k, v = k.contiguous(), v.contiguous()  # PyNative copies a view, slowly, whenever it is read
-    for first in range(0, queries, rows):
-        count = min(rows, queries - first)
+    k, v, parts = k.contiguous(), v.contiguous(), []  # PyNative copies a view, slowly, whenever it is read
+    for first, count in rows:
         masked = None if mask is None else ops.narrow(mask, 0, first, count)
         parts.append(_product(in_turn(ops.narrow(q, 1, first, count), parts), k, v, masked))
     return ops.concat(parts, 1)
@@ -93,12 +107,9 @@ def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask, rows: int) -> Tensor:
 
 def _product(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     if mask is None:
-        return _weighted_values(q, k, v)[0]
+        return weighted_values(q, k, v)[0]
     scores = ops.BatchMatMul(transpose_b=True)(q, k).astype(mstype.float32) + mask
     return ops.BatchMatMul()(ops.softmax(scores, -1).astype(v.dtype), v)
-
-
-_weighted_values = WeightedValues()
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:

@@ -1,6 +1,7 @@
 """2-D convolution: the device's own operator on Ascend; on the CPU matrix products of columns or of small tiles."""
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.device import on_ascend
-from ldm.modules.operators import BiasAdd, Reordered, in_turn, joined, pad
+from ldm.modules.operators import bias_add, in_turn, joined, pad, reverse_first_three, swap_first_two
 
 # Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
 # would need 1.2 GB at once.
@@ -32,7 +33,7 @@ class Conv2d(nn.Cell):
     """2-D convolution, (B, C, H, W) -> (B, C', H', W').
 
     On Ascend it is the device's own operator. On the CPU that operator falls into a reference loop. There 3x3
-    convolutions in float32 multiply tiles (`by_tiles`), with a half to a quarter of the products; others unfold the
+    convolutions in float32 multiply tiles (`_by_tiles`), with a half to a quarter of the products; others unfold the
     picture into columns and multiply those by the weight, which is 50 to 300 times as fast as the reference loop.
     Large maps are taken in row blocks.
 
@@ -52,7 +53,6 @@ class Conv2d(nn.Cell):
         self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
         self.kernel_size, self.stride = kernel_size, stride
         self.padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-        self.depth = in_channels * kernel_size * kernel_size
         # PyTorch's default initialisation
         self.weight = Parameter(initializer(HeUniform(math.sqrt(5)), (out_channels, in_channels, kernel_size,
                                                                       kernel_size), dtype))
@@ -61,104 +61,92 @@ class Conv2d(nn.Cell):
         self.tiled = ((kernel_size, stride, self.padding, dtype) == (3, 1, (1,) * 4, mstype.float32)
                       and in_channels >= TILED_CHANNELS)
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
-        self.bias_add = BiasAdd()
-        self.swap, self.turn = Reordered((1, 0, 2)), Reordered((2, 1, 0, 3))
-        self.transforms = {side: tuple(Tensor(np.kron(matrix, matrix).astype(np.float32))
-                                       for matrix in tile_transforms(side)) for side in TILE_POINTS}
 
     def construct(self, x: Tensor) -> Tensor:
         if self.native:
             y = self.conv(x, self.weight)
         else:
-            # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
-            weight = ops.depend(self.weight, x).reshape((self.out_channels, self.depth))
-            side = self.tile_side(x.shape)
-            y = self.by_tiles(x, weight, side) if side else self.by_columns(x, weight)
-        return self.bias_add(y, self.bias) if self.has_bias else y
+            y = convolve(x, self.weight, self.stride, self.padding, self.tiled)
+        return bias_add(y, self.bias) if self.has_bias else y
 
-    def tile_side(self, shape: tuple) -> int:
-        """The side of the tiles that a (B, C, H, W) input is cut into, 0 for columns instead."""
-        batch, _, height, width = shape
-        if self.tiled and batch * height * width >= TILED_POSITIONS:
-            for side in TILE_POINTS:
-                if height % side == 0 and width % side == 0:
-                    return side
-        return 0
 
-    def by_tiles(self, x: Tensor, weight: Tensor, side: int) -> Tensor:
-        """A 3x3 convolution as products of transformed tiles, without its bias.
+# What follows are functions, not methods, for the time a graph takes to compile: layers of equal shapes share a
+# function, while each has methods of its own. Loops are planned outside of the graph for the same reason.
 
-        A tile of m x m outputs follows from (m + 2)^2 inputs; transformed, each of these is multiplied over the
-        channels alone. That makes 36 products for 16 outputs, or 16 for 4, in place of 9 for each.
 
-        Args:
-            x: (B, C, H, W), H and W multiples of m; one row and column of zeros are put around it.
-            weight: (C', 9 C).
-            side: m.
+def convolve(x: Tensor, weight: Tensor, stride: int, padding: tuple, tiled: bool) -> Tensor:
+    """A convolution on the CPU, without its bias.
 
-        Returns:
-            (B, C', H, W).
+    Args:
+        x: (B, C, H, W).
+        weight: (C', C, k, k).
+        stride: step between outputs.
+        padding: zeros around the picture: (top, bottom, left, right).
+        tiled: whether tiles may be taken: k is 3, the stride and all paddings are 1, in float32.
 
-        Source:
-            arXiv 1509.09308 (Lavin and Gray), section 4: F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) as products of matrices.
-        """
-        batch, channels, height, width = x.shape
-        of_input, of_weight, to_output = self.transforms[side]
-        count, across = of_input.shape[0], width // side
-        row = count * max(channels, self.out_channels) * batch * across
-        rows = side * min(height // side, max(1, TILE_ELEMENTS // row))
-        padding = 1
-        if rows < height:
-            x, padding = pad(x, (1, 1, 0, 0)), (0, 1)
-        blocks = []
-        for first in range(0, height, rows):
-            here = min(rows, height - first)
-            block = x if here == height else in_turn(ops.narrow(x, 2, first, here + 2), blocks)
-            tiles = ops.unfold(block, side + 2, padding=padding, stride=side)
-            positions = here // side * across
-            tiles = self.turn(tiles.reshape((batch, channels, count, positions)))
-            tiles = ops.MatMul()(of_input, tiles.reshape((count, channels * batch * positions)))
-            y = _tile_products(tiles.reshape((count, channels, batch * positions)), weight, of_weight, to_output)
-            y = self.turn(y.reshape((side * side, self.out_channels, batch, positions)))
-            y = y.reshape((batch, self.out_channels * side * side, positions))
-            blocks.append(ops.fold(y, _size(here, width), (side, side), stride=(side, side)))
-        return joined(blocks, 2)
+    Returns:
+        (B, C', H', W').
+    """
+    side = tile_side(x.shape) if tiled else 0
+    # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
+    weight = ops.depend(weight, x)
+    return _by_tiles(x, weight, side) if side else _by_columns(x, weight, stride, padding)
 
-    def by_columns(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The picture unfolded into columns of what each output sees, times the (C', k k C) weight; without its bias.
 
-        (B, C, H, W) -> (B, C', H', W').
-        """
-        batch, _, height, width = x.shape
-        top, bottom, left, right = self.padding
-        k, s = self.kernel_size, self.stride
-        out_h, out_w = (height + top + bottom - k) // s + 1, (width + left + right - k) // s + 1
-        rows = max(1, COLUMN_ELEMENTS // (self.depth * out_w))
-        inside = top if top == bottom == left == right and rows >= out_h else 0
-        if inside == 0:
-            x = pad(x, self.padding)
-        if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
-            columns = self.swap(self.columns(x, inside)).reshape((self.depth, batch * out_h * out_w))
-            y = self.swap(ops.MatMul()(weight, columns).reshape((self.out_channels, batch, out_h * out_w)))
-            return y.reshape((batch, self.out_channels, out_h, out_w))
-        pictures = []
-        for picture in (ops.split(x, 1, 0) if batch > 1 else (x,)):
-            picture, blocks = in_turn(picture, pictures), []
-            for first in range(0, out_h, rows):
-                here = min(rows, out_h - first)
-                block = picture
-                if here < out_h:
-                    block = in_turn(ops.narrow(picture, 2, first * s, (here - 1) * s + k), blocks)
-                y = ops.MatMul()(weight, self.columns(block, inside).reshape((self.depth, here * out_w)))
-                blocks.append(y.reshape((1, self.out_channels, here, out_w)))
-            pictures.append(joined(blocks, 2))
-        return joined(pictures, 0)
+@ops.constexpr
+def tile_side(shape: tuple) -> int:
+    """The side of the tiles that a (B, C, H, W) input is cut into, 0 for columns instead."""
+    batch, _, height, width = shape
+    sides = (side for side in TILE_POINTS if height % side == 0 and width % side == 0)
+    return next(sides, 0) if batch * height * width >= TILED_POSITIONS else 0
 
-    def columns(self, x: Tensor, padding: int) -> Tensor:
-        """(B, C, H, W) -> (B, k k C, positions)."""
-        if self.kernel_size == 1 and self.stride == 1:
-            return x.reshape((x.shape[0], x.shape[1], x.shape[2] * x.shape[3]))
-        return ops.unfold(x, self.kernel_size, padding=padding, stride=self.stride)
+
+def _by_tiles(x: Tensor, weight: Tensor, side: int) -> Tensor:
+    """A 3x3 convolution as products of transformed tiles.
+
+    A tile of m x m outputs follows from (m + 2)^2 inputs; transformed, each of these is multiplied over the
+    channels alone. That makes 36 products for 16 outputs, or 16 for 4, in place of 9 for each.
+
+    Args:
+        x: (B, C, H, W), H and W multiples of m; one row and column of zeros are put around it.
+        weight: (C', C, 3, 3).
+        side: m.
+
+    Returns:
+        (B, C', H, W).
+
+    Source:
+        arXiv 1509.09308 (Lavin and Gray), section 4: F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) as products of matrices.
+    """
+    rows = _tile_rows(x.shape, weight.shape[0], side, TILE_ELEMENTS)
+    if len(rows) == 1:
+        return _of_tiles(x, weight, side, 1)
+    x, blocks = pad(x, (1, 1, 0, 0)), []
+    for first, count in rows:
+        blocks.append(_of_tiles(in_turn(ops.narrow(x, 2, first, count + 2), blocks), weight, side, (0, 1)))
+    return ops.concat(blocks, 2)
+
+
+@ops.constexpr
+def _tile_rows(shape: tuple, out_channels: int, side: int, most: int) -> tuple:
+    """(first row, how many) of what is made at a time, from at most so many elements of transformed tiles."""
+    batch, channels, height, width = shape
+    row = (side + 2) ** 2 * max(channels, out_channels) * batch * (width // side)
+    return _portions(height, side * max(1, most // row))
+
+
+def _of_tiles(x: Tensor, weight: Tensor, side: int, padding) -> Tensor:
+    """`_by_tiles` of (B, C, R, W) with a padding of 1, or of (B, C, R + 2, W) with one of (0, 1): (B, C', R, W)."""
+    batch, channels, height, width = x.shape
+    rows, count, out_channels = height if padding == 1 else height - 2, (side + 2) ** 2, weight.shape[0]
+    positions = rows // side * (width // side)
+    tiles = ops.unfold(x, side + 2, padding=padding, stride=side).reshape((batch, channels, count, positions))
+    tiles = ops.MatMul()(_transforms(side)[0], reverse_first_three(tiles).reshape((count, -1)))
+    tiles = tiles.reshape((count, channels, batch * positions))
+    y = _tile_products(tiles, weight.reshape((out_channels, channels * 9)), side)
+    y = reverse_first_three(y.reshape((side * side, out_channels, batch, positions)))
+    y = y.reshape((batch, out_channels * side * side, positions))
+    return ops.fold(y, _size(rows, width), (side, side), stride=(side, side))
 
 
 @ops.constexpr
@@ -166,18 +154,83 @@ def _size(height: int, width: int) -> Tensor:
     return Tensor([height, width], mstype.int32)
 
 
-def _tile_products(tiles: Tensor, weight: Tensor, of_weight: Tensor, to_output: Tensor) -> Tensor:
+def _tile_products(tiles: Tensor, weight: Tensor, side: int) -> Tensor:
     """((m + 2)^2, C, N) transformed tiles times (C', 9 C) weights -> (m^2, C', N) tiles of the output."""
+    portions = _weight_portions(tiles.shape, weight.shape, WEIGHT_ELEMENTS)
+    if len(portions) == 1:
+        return _tile_product(tiles, weight, side)
+    parts = []
+    for first, count in portions:
+        parts.append(_tile_product(tiles, in_turn(ops.narrow(weight, 0, first, count), parts), side))
+    return ops.concat(parts, 1)
+
+
+@ops.constexpr
+def _weight_portions(tiles: tuple, weight: tuple, most: int) -> tuple:
+    """(first channel of the output, how many) of at most so many elements of transformed weights."""
+    return _portions(weight[0], max(1, most // (tiles[0] * tiles[1])))
+
+
+def _tile_product(tiles: Tensor, weight: Tensor, side: int) -> Tensor:
     count, channels, positions = tiles.shape
-    together, parts = max(1, WEIGHT_ELEMENTS // (count * channels)), []
-    for first in range(0, weight.shape[0], together):
-        here = min(together, weight.shape[0] - first)
-        part = weight if here == weight.shape[0] else in_turn(ops.narrow(weight, 0, first, here), parts)
-        part = ops.MatMul(transpose_b=True)(of_weight, part.reshape((here * channels, 9)))
-        y = ops.BatchMatMul()(part.reshape((count, here, channels)), tiles)
-        y = ops.MatMul()(to_output, y.reshape((count, here * positions)))
-        parts.append(y.reshape((to_output.shape[0], here, positions)))
-    return joined(parts, 1)
+    _, of_weight, to_output = _transforms(side)
+    weight = ops.MatMul(transpose_b=True)(of_weight, weight.reshape((-1, 9))).reshape((count, -1, channels))
+    y = ops.BatchMatMul()(weight, tiles)
+    return ops.MatMul()(to_output, y.reshape((count, -1))).reshape((side * side, -1, positions))
+
+
+@ops.constexpr
+@functools.lru_cache(None)
+def _transforms(side: int) -> tuple:
+    """`tile_transforms` in two dimensions, as tensors: what transforms input, weight and output."""
+    return tuple(Tensor(np.kron(matrix, matrix).astype(np.float32)) for matrix in tile_transforms(side))
+
+
+def _by_columns(x: Tensor, weight: Tensor, stride: int, padding: tuple) -> Tensor:
+    """The picture unfolded into columns of what each output sees, times the (C', k k C) weight."""
+    rows, inside, (out_h, out_w) = _column_plan(x.shape, weight.shape, stride, padding, COLUMN_ELEMENTS)
+    batch, (out_channels, _, kernel, _) = x.shape[0], weight.shape
+    weight = weight.reshape((out_channels, -1))
+    if inside == 0 and max(padding) > 0:
+        x = pad(x, padding)
+    if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
+        columns = swap_first_two(_columns(x, kernel, stride, inside))
+        y = ops.MatMul()(weight, columns.reshape((weight.shape[1], -1)))
+        return swap_first_two(y.reshape((out_channels, batch, -1))).reshape((batch, out_channels, out_h, out_w))
+    pictures = []
+    for picture in ops.split(x, 1, 0) if batch > 1 else (x,):
+        picture, blocks = in_turn(picture, pictures), []
+        for first, count in rows:
+            block = picture
+            if len(rows) > 1:
+                block = in_turn(ops.narrow(picture, 2, first * stride, (count - 1) * stride + kernel), blocks)
+            columns = _columns(block, kernel, stride, inside).reshape((weight.shape[1], -1))
+            blocks.append(ops.MatMul()(weight, columns).reshape((1, out_channels, count, out_w)))
+        pictures.append(joined(blocks, 2))
+    return joined(pictures, 0)
+
+
+@ops.constexpr
+def _column_plan(shape: tuple, weight: tuple, stride: int, padding: tuple, most: int) -> tuple:
+    """(first row, how many) of at most so many elements of columns; zeros to put around the picture as it is unfolded,
+    where that does; height and width of the output."""
+    _, channels, height, width = shape
+    kernel, (top, bottom, left, right) = weight[2], padding
+    out_h, out_w = (height + top + bottom - kernel) // stride + 1, (width + left + right - kernel) // stride + 1
+    rows = _portions(out_h, max(1, most // (channels * kernel * kernel * out_w)))
+    return rows, top if top == bottom == left == right and len(rows) == 1 else 0, (out_h, out_w)
+
+
+def _columns(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """(B, C, H, W) -> (B, k k C, positions)."""
+    if kernel == 1 and stride == 1:
+        return x.reshape((x.shape[0], x.shape[1], -1))
+    return ops.unfold(x, kernel, padding=padding, stride=stride)
+
+
+def _portions(count: int, most: int) -> tuple:
+    """(first, how many) of portions of at most so many."""
+    return tuple((first, min(most, count - first)) for first in range(0, count, most))
 
 
 def tile_transforms(side: int) -> tuple:

@@ -8,8 +8,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
+from ldm.device import on_ascend
 from ldm.modules.convolution import Conv2d
-from ldm.modules.operators import BiasAdd, Compiled, Reordered, group_norm, layer_norm, spread
+from ldm.modules.operators import bias_add, group_norm, layer_norm, spread, swap_first_two, worth_a_graph
 
 # Of larger feature maps, in elements (256 MiB of float32), what lies between norm and convolution is made in row
 # blocks.
@@ -43,45 +44,55 @@ class Linear(nn.Cell):
         self.as_convolution = as_convolution
         self.weight = _weight((out_channels, in_channels) + (1, 1) * as_convolution, dtype)
         self.bias = _zeros((out_channels,), dtype) if has_bias else None
-        self.matmul, self.turned = ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True, transpose_b=True)
-        self.swap = Reordered((1, 0, 2))  # pictures and channels
-        self.bias_add = BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
-        return self._product(x, self._matrix(), self.bias)
+        return _linear(x, _matrix(self.weight), self.bias)
 
     def from_maps(self, x: Tensor) -> Tensor:
         """What `construct` gives for each position of (B, C, N) maps: (B, N, C'). The product turns them."""
-        batch, channels, count = x.shape
-        y = self.turned(self.swap(x).reshape((channels, batch * count)), self._matrix())
-        if self.has_bias:
-            y = self.bias_add(y, self.bias)
-        return y.reshape((batch, count, self.out_channels))
+        return _linear_from_maps(x, _matrix(self.weight), self.bias)
 
     def to_maps(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, C', N): the maps of what `construct` gives."""
-        batch, count, channels = x.shape
-        y = self.matmul(self._matrix(), x.reshape((batch * count, channels)))
-        y = self.swap(y.reshape((self.out_channels, batch, count)))
-        if self.has_bias:
-            y = self.bias_add(y.reshape((batch, self.out_channels, count, 1)), self.bias)
-        return y.reshape((batch, self.out_channels, count))
-
-    def _matrix(self) -> Tensor:
-        shape = self.out_channels, self.in_channels
-        return self.weight.reshape(shape) if self.as_convolution else self.weight
+        return _linear_to_maps(x, _matrix(self.weight), self.bias)
 
     def halves(self, x: Tensor) -> tuple:
         """The first and the second half of the output's channels; a product for each is cheaper than cutting one."""
-        half = self.out_channels // 2
-        return tuple(self._product(x, weight, bias) for weight, bias in
-                     zip(ops.split(self.weight, half, 0), ops.split(self.bias, half, 0)))
+        first, second = ops.split(self.weight, self.out_channels // 2, 0)
+        biases = ops.split(self.bias, self.out_channels // 2, 0)
+        return _linear(x, first, biases[0]), _linear(x, second, biases[1])
 
-    def _product(self, x: Tensor, weight: Tensor, bias) -> Tensor:
-        y = self.matmul(x.reshape((-1, self.in_channels)), weight)
-        if self.has_bias:
-            y = self.bias_add(y, bias)
-        return y.reshape(x.shape[:-1] + (weight.shape[0],))
+
+# Functions, not methods, for the time a graph takes to compile: all layers of equal shapes share them.
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight if weight.ndim == 2 else weight.reshape(weight.shape[:2])
+
+
+def _linear(x: Tensor, weight: Tensor, bias) -> Tensor:
+    rows, shape = _linear_shapes(x.shape, weight.shape)
+    y = ops.MatMul(transpose_b=True)(x.reshape(rows), weight)
+    return (y if bias is None else bias_add(y, bias)).reshape(shape)
+
+
+@ops.constexpr
+def _linear_shapes(x: tuple, weight: tuple) -> tuple:
+    """The shapes of the input as a matrix, and of the output."""
+    return (math.prod(x[:-1]), x[-1]), x[:-1] + weight[:1]
+
+
+def _linear_from_maps(x: Tensor, weight: Tensor, bias) -> Tensor:
+    batch, channels, count = x.shape
+    y = ops.MatMul(transpose_a=True, transpose_b=True)(swap_first_two(x).reshape((channels, -1)), weight)
+    return (y if bias is None else bias_add(y, bias)).reshape((batch, count, -1))
+
+
+def _linear_to_maps(x: Tensor, weight: Tensor, bias) -> Tensor:
+    batch, count, channels = x.shape
+    y = ops.MatMul(transpose_b=True)(weight, x.reshape((-1, channels)))
+    y = swap_first_two(y.reshape((-1, batch, count)))
+    return y if bias is None else bias_add(y.reshape((batch, -1, count, 1)), bias).reshape(y.shape)
 
 
 class GroupNorm(nn.Cell):
@@ -92,15 +103,10 @@ class GroupNorm(nn.Cell):
         self.groups, self.epsilon = groups, epsilon
         self.gamma = Parameter(initializer("ones", (channels,), mstype.float32))
         self.beta = _zeros((channels,), mstype.float32)
-        self.by_products = Compiled(group_norm)
+        self.plain = on_ascend()
 
     def construct(self, x: Tensor) -> Tensor:
-        y = x.astype(mstype.float32)
-        if self.by_products.takes(y):  # of small maps, calling a dozen operators takes longer than the norm
-            y = self.by_products(y, self.gamma.reshape((1, -1)), self.beta.reshape((1, -1)), self.groups, self.epsilon)
-        else:
-            y = ops.group_norm(y, self.groups, self.gamma, self.beta, self.epsilon)
-        return y.astype(x.dtype)
+        return _normed_maps(x, self.gamma, self.beta, self.groups, self.epsilon, self.plain)
 
     def affine(self, x: Tensor, rows: int) -> tuple:
         """Gain and shift, (B C, 1) float32: x * gain + shift is what `construct` gives. Reads `rows` at a time."""
@@ -121,7 +127,7 @@ class GroupNorm(nn.Cell):
 
     def _along_rows(self, column: Tensor, count: int) -> Tensor:
         """(R, 1) -> (R, count); without a product on Ascend, whose products round float32 to eleven bits."""
-        return ops.broadcast_to(column, (column.shape[0], count)) if self.by_products.plain else spread(column, count)
+        return ops.broadcast_to(column, (column.shape[0], count)) if self.plain else spread(column, count)
 
     def _total(self, x: Tensor, rows: int, mean: Tensor, squared: bool) -> Tensor:
         """(B groups, 1): the sum over each group of x - mean, or of its square."""
@@ -134,21 +140,36 @@ class GroupNorm(nn.Cell):
         return total
 
 
-class LayerNorm(nn.LayerNorm):
+def _normed_maps(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: float, plain: bool) -> Tensor:
+    y = x.astype(mstype.float32)
+    if worth_a_graph(y, plain):
+        y = group_norm(y, gamma.reshape((1, -1)), beta.reshape((1, -1)), groups, epsilon)
+    else:
+        y = ops.group_norm(y, groups, gamma, beta, epsilon)
+    return y.astype(x.dtype)
+
+
+class LayerNorm(nn.Cell):
     """Layer normalisation over the last axis in float32, whatever the input's dtype."""
 
     def __init__(self, channels: int, epsilon: float = 1e-5):
-        super().__init__((channels,), epsilon=epsilon, dtype=mstype.float32)
-        self.by_products = Compiled(layer_norm)
+        super().__init__()
+        self.epsilon, self.plain = epsilon, on_ascend()
+        self.gamma = Parameter(initializer("ones", (channels,), mstype.float32))
+        self.beta = _zeros((channels,), mstype.float32)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = x.astype(mstype.float32)
-        if self.by_products.takes(y):
-            y = self.by_products(y.reshape((-1, x.shape[-1])), self.gamma.reshape((1, -1)),
-                                 self.beta.reshape((1, -1)), self.epsilon).reshape(x.shape)
-        else:
-            y = super().construct(y)
-        return y.astype(x.dtype)
+        return _normed_rows(x, self.gamma, self.beta, self.epsilon, self.plain)
+
+
+def _normed_rows(x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float, plain: bool) -> Tensor:
+    y = x.astype(mstype.float32)
+    if worth_a_graph(y, plain):
+        y = layer_norm(y.reshape((-1, x.shape[-1])), gamma.reshape((1, -1)), beta.reshape((1, -1)), epsilon)
+        y = y.reshape(x.shape)
+    else:
+        y = ops.LayerNorm(-1, -1, epsilon)(y, gamma, beta)[0]
+    return y.astype(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Callable
 
 import mindspore as ms
 import numpy as np
@@ -40,6 +39,9 @@ class BiasAdd(nn.Cell):
         return dout, total.reshape(bias.shape)
 
 
+bias_add = BiasAdd()
+
+
 class WeightedValues(nn.Cell):
     """softmax(q k^T) v, the softmax in float32.
 
@@ -70,6 +72,9 @@ class WeightedValues(nn.Cell):
         return self.values(dscores, k), self.transposed(dscores, q), dv
 
 
+weighted_values = WeightedValues()
+
+
 class Reordered(nn.Cell):
     """A transpose that leaves the last axis, or more of the last ones, where they are.
 
@@ -82,19 +87,26 @@ class Reordered(nn.Cell):
 
     def __init__(self, axes: tuple):
         super().__init__()
-        self.axes, self.inverse, self.native = axes, tuple(int(n) for n in np.argsort(axes)), on_ascend()
+        self.axes, self.inverse = axes, tuple(int(n) for n in np.argsort(axes))
 
     def construct(self, x: Tensor) -> Tensor:
-        return ops.transpose(x, self.axes) if self.native else _reordered(x, self.axes)
+        return _reordered(x, self.axes)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple:
         """The gradient in the old order; that of gather itself adds up row after row."""
-        return (ops.transpose(dout, self.inverse) if self.native else _reordered(dout, self.inverse),)
+        return (_reordered(dout, self.inverse),)
 
 
 def _reordered(x: Tensor, axes: tuple) -> Tensor:
+    if _native():
+        return ops.transpose(x, axes)
     order, size, shape = _row_order(x.shape, axes)
     return x.reshape(shape) if order is None else ops.gather(x.reshape((-1, size)), order, 0).reshape(shape)
+
+
+@ops.constexpr
+def _native() -> bool:
+    return on_ascend()
 
 
 @ops.constexpr
@@ -108,34 +120,18 @@ def _row_order(shape: tuple, axes: tuple) -> tuple:
             tuple(shape[axis] for axis in axes))
 
 
-class Compiled(nn.Cell):
-    """A function of tensors, and of numbers that go into its graph; on large tensors it runs as a graph on the CPU.
+swap_first_two, swap_inner, reverse_first_three = Reordered((1, 0, 2)), Reordered((0, 2, 1, 3)), Reordered((2, 1, 0, 3))
 
-    For what PyNative is slow at: it copies views seven to eighteen times as slowly as a graph transposes, and each
-    operator leaves the cache before the next reads it. Small tensors are not worth the time to compile, nor is anything
-    on Ascend, where a graph for each shape costs more. Whole convolutions and attentions are not worth it either: each
-    shape takes a second or more to compile, and its graph holds its last inputs and outputs.
 
-    Args:
-        function: defined in a module. Layers of equal shapes share its graph, so it is given weights as tensors, not
-            as Parameters: for each of those it would be compiled anew.
+def worth_a_graph(x: Tensor, plain: bool) -> bool:
+    """Whether a norm of x is better called as a graph of products: on the CPU, of what is too large for its caches.
+
+    In PyNative each operator leaves the cache before the next reads it. Small tensors are not worth the time to
+    compile, nor is anything on Ascend (`plain`), where a graph for each shape costs more. Whole convolutions and
+    attentions are not worth it either: a shape takes a second to compile, and its graph holds its last inputs and
+    outputs.
     """
-
-    def __init__(self, function: Callable):
-        super().__init__()
-        self.function, self.graph, self.plain = function, _graph_of(function), on_ascend()
-
-    def construct(self, x: Tensor, *more):
-        return self.graph(x, *more) if self.takes(x) else self.function(x, *more)
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether this is the CPU, and x is worth a graph."""
-        return not self.plain and x.size >= LARGE
-
-
-@functools.lru_cache(None)
-def _graph_of(function: Callable) -> Callable:
-    return ms.jit(function)
+    return not plain and x.size >= LARGE
 
 
 def spread(column: Tensor, count: int) -> Tensor:
@@ -146,7 +142,7 @@ def spread(column: Tensor, count: int) -> Tensor:
 def add_to_maps(x: Tensor, values: Tensor) -> Tensor:
     """(B, C, H, W) with a value, of (B, C), added to all of each map."""
     batch, channels, height, width = x.shape
-    maps = _bias_add(x.reshape((1, batch * channels, height, width)), values.reshape((batch * channels,)))
+    maps = bias_add(x.reshape((1, batch * channels, height, width)), values.reshape((batch * channels,)))
     return maps.reshape(x.shape)
 
 
@@ -158,12 +154,14 @@ def centred(rows: Tensor, epsilon: float) -> tuple:
     return rows, ops.sqrt(ops.MatMul()(rows * rows, average) + epsilon)
 
 
+@ms.jit
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
     """Layer normalisation of (R, C) with (1, C) gain and shift; biased variance."""
     rows, deviations = centred(x, epsilon)
-    return _bias_add(rows * ops.MatMul()(1 / deviations, gamma), beta.reshape((x.shape[1],)))
+    return bias_add(rows * ops.MatMul()(1 / deviations, gamma), beta.reshape((x.shape[1],)))
 
 
+@ms.jit
 def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: float) -> Tensor:
     """Group normalisation of (B, C, H, W) with (1, C) gain and shift; biased variance."""
     batch, channels, height, width = x.shape
@@ -171,10 +169,7 @@ def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: flo
     gain = gamma.reshape((1, groups, channels // groups)) / deviations.reshape((batch, groups, 1))
     gain = spread(gain.reshape((batch * channels, 1)), height * width)
     y = rows.reshape((batch * channels, height * width)) * gain
-    return _bias_add(y.reshape(x.shape), beta.reshape((channels,)))
-
-
-_bias_add = BiasAdd()
+    return bias_add(y.reshape(x.shape), beta.reshape((channels,)))
 
 
 def repeated_like(x: Tensor, other: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def test_linear(as_convolution):
 @pytest.mark.parametrize("plain", [False, True])  # True: as on Ascend
 def test_row_blocks_change_nothing(monkeypatch, elements, mode, plain):
     norm, conv, up = GroupNorm(64), Conv2d(64, 6, 3, padding=1), Upsample(64)
-    norm.by_products.plain = plain
+    norm.plain = plain
     for cell in (norm, conv, up.conv):
         fill(cell)
     x = Tensor(normal(2, 64, 7, 9) + 3)

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-import ldm.modules.operators as operators
 from ldm.modules.operators import (
     BiasAdd,
-    Compiled,
     Reordered,
     WeightedValues,
     add_to_maps,
@@ -49,14 +47,10 @@ class Normalised(nn.Cell):
 
 
 class NormalisedByProducts(nn.Cell):
-    """The same by ours, as networks call it."""
-
-    def __init__(self):
-        super().__init__()
-        self.group_norm, self.layer_norm = Compiled(group_norm), Compiled(layer_norm)
+    """The same by ours."""
 
     def construct(self, x, gamma, beta):
-        return self.group_norm(x, gamma, beta, 3, 1e-3) if x.ndim == 4 else self.layer_norm(x, gamma, beta, 1e-3)
+        return group_norm(x, gamma, beta, 3, 1e-3) if x.ndim == 4 else layer_norm(x, gamma, beta, 1e-3)
 
 
 class Raised(nn.Cell):
@@ -116,11 +110,9 @@ def test_reordered(shape, axes):
     np.testing.assert_array_equal(gradient.asnumpy(), weights.transpose(np.argsort(axes)))
 
 
-@pytest.mark.parametrize("large", [1, 10000])
 @pytest.mark.parametrize("shape", [(7, 6), (2, 6, 5, 4)])
-def test_norms(monkeypatch, shape, large):
+def test_norms(shape):
     """Also of rows far from zero, whose variance is not the difference of two large numbers."""
-    monkeypatch.setattr(operators, "LARGE", large)
     inputs = Tensor(normal(*shape) + 100), Tensor(normal(1, 6)), Tensor(normal(1, 6))
     got, expected = (norm(*inputs).asnumpy() for norm in (NormalisedByProducts(), Normalised()))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
