@@ -174,7 +174,7 @@ class FeedForward(nn.Cell):
         self.net = nn.SequentialCell(GEGLU(dim, 4 * dim, dtype), nn.Identity(), Linear(4 * dim, dim, dtype=dtype))
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net[2](self.net[0](x))
 
 
 class BasicTransformerBlock(nn.Cell):

@@ -50,8 +50,7 @@ class Conv2d(nn.Cell):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding=0,
                  has_bias: bool = True, dtype=mstype.float32):
         super().__init__()
-        self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
-        self.kernel_size, self.stride = kernel_size, stride
+        self.stride = stride
         self.padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
         # PyTorch's default initialisation
         self.weight = Parameter(initializer(HeUniform(math.sqrt(5)), (out_channels, in_channels, kernel_size,
@@ -64,22 +63,21 @@ class Conv2d(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         if self.native:
-            y = self.conv(x, self.weight)
-        else:
-            y = convolve(x, self.weight, self.stride, self.padding, self.tiled)
-        return bias_add(y, self.bias) if self.has_bias else y
+            return _with_bias(self.conv(x, self.weight), self.bias)
+        return convolve(x, self.weight, self.bias, self.stride, self.padding, self.tiled)
 
 
 # What follows are functions, not methods, for the time a graph takes to compile: layers of equal shapes share a
 # function, while each has methods of its own. Loops are planned outside of the graph for the same reason.
 
 
-def convolve(x: Tensor, weight: Tensor, stride: int, padding: tuple, tiled: bool) -> Tensor:
-    """A convolution on the CPU, without its bias.
+def convolve(x: Tensor, weight: Tensor, bias, stride: int, padding: tuple, tiled: bool) -> Tensor:
+    """A convolution on the CPU.
 
     Args:
         x: (B, C, H, W).
         weight: (C', C, k, k).
+        bias: (C',) or None.
         stride: step between outputs.
         padding: zeros around the picture: (top, bottom, left, right).
         tiled: whether tiles may be taken: k is 3, the stride and all paddings are 1, in float32.
@@ -90,7 +88,11 @@ def convolve(x: Tensor, weight: Tensor, stride: int, padding: tuple, tiled: bool
     side = tile_side(x.shape) if tiled else 0
     # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
     weight = ops.depend(weight, x)
-    return _by_tiles(x, weight, side) if side else _by_columns(x, weight, stride, padding)
+    return _with_bias(_by_tiles(x, weight, side) if side else _by_columns(x, weight, stride, padding), bias)
+
+
+def _with_bias(y: Tensor, bias) -> Tensor:
+    return y if bias is None else bias_add(y, bias)
 
 
 @ops.constexpr
@@ -137,21 +139,18 @@ def _tile_rows(shape: tuple, out_channels: int, side: int, most: int) -> tuple:
 
 def _of_tiles(x: Tensor, weight: Tensor, side: int, padding) -> Tensor:
     """`_by_tiles` of (B, C, R, W) with a padding of 1, or of (B, C, R + 2, W) with one of (0, 1): (B, C', R, W)."""
-    batch, channels, height, width = x.shape
-    rows, count, out_channels = height if padding == 1 else height - 2, (side + 2) ** 2, weight.shape[0]
-    positions = rows // side * (width // side)
-    tiles = ops.unfold(x, side + 2, padding=padding, stride=side).reshape((batch, channels, count, positions))
-    tiles = ops.MatMul()(_transforms(side)[0], reverse_first_three(tiles).reshape((count, -1)))
-    tiles = tiles.reshape((count, channels, batch * positions))
-    y = _tile_products(tiles, weight.reshape((out_channels, channels * 9)), side)
-    y = reverse_first_three(y.reshape((side * side, out_channels, batch, positions)))
-    y = y.reshape((batch, out_channels * side * side, positions))
-    return ops.fold(y, _size(rows, width), (side, side), stride=(side, side))
+    tiles = reverse_first_three(ops.Im2Col(side + 2, side, 1, padding)(x))  # ((m + 2)^2, C, B, positions)
+    count, channels, batch, _ = tiles.shape
+    tiles = ops.MatMul()(_transforms(side)[0], tiles.reshape((count, -1))).reshape((count, channels, -1))
+    y = _tile_products(tiles, weight.reshape((weight.shape[0], -1)), side)
+    y = reverse_first_three(y.reshape((y.shape[0], y.shape[1], batch, -1)))  # (B, C', m^2, positions)
+    return ops.Col2Im(side, 1, 0, side)(y, _size(x.shape, padding))
 
 
 @ops.constexpr
-def _size(height: int, width: int) -> Tensor:
-    return Tensor([height, width], mstype.int32)
+def _size(shape: tuple, padding) -> Tensor:
+    """Height and width of the output of `_of_tiles`."""
+    return Tensor([shape[2] - 2 * (padding != 1), shape[3]], mstype.int32)
 
 
 def _tile_products(tiles: Tensor, weight: Tensor, side: int) -> Tensor:
@@ -225,7 +224,7 @@ def _columns(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """(B, C, H, W) -> (B, k k C, positions)."""
     if kernel == 1 and stride == 1:
         return x.reshape((x.shape[0], x.shape[1], -1))
-    return ops.unfold(x, kernel, padding=padding, stride=stride)
+    return ops.Im2Col(kernel, stride, 1, padding)(x).reshape((x.shape[0], x.shape[1] * kernel * kernel, -1))
 
 
 def _portions(count: int, most: int) -> tuple:

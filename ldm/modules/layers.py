@@ -58,9 +58,7 @@ class Linear(nn.Cell):
 
     def halves(self, x: Tensor) -> tuple:
         """The first and the second half of the output's channels; a product for each is cheaper than cutting one."""
-        first, second = ops.split(self.weight, self.out_channels // 2, 0)
-        biases = ops.split(self.bias, self.out_channels // 2, 0)
-        return _linear(x, first, biases[0]), _linear(x, second, biases[1])
+        return _halves(x, self.weight, self.bias)
 
 
 # Functions, not methods, for the time a graph takes to compile: all layers of equal shapes share them.
@@ -74,6 +72,11 @@ def _linear(x: Tensor, weight: Tensor, bias) -> Tensor:
     rows, shape = _linear_shapes(x.shape, weight.shape)
     y = ops.MatMul(transpose_b=True)(x.reshape(rows), weight)
     return (y if bias is None else bias_add(y, bias)).reshape(shape)
+
+
+def _halves(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
+    weights, biases = ops.split(weight, weight.shape[0] // 2, 0), ops.split(bias, bias.shape[0] // 2, 0)
+    return _linear(x, weights[0], biases[0]), _linear(x, weights[1], biases[1])
 
 
 @ops.constexpr

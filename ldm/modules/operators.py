@@ -98,21 +98,23 @@ class Reordered(nn.Cell):
 
 
 def _reordered(x: Tensor, axes: tuple) -> Tensor:
-    if _native():
-        return ops.transpose(x, axes)
     order, size, shape = _row_order(x.shape, axes)
-    return x.reshape(shape) if order is None else ops.gather(x.reshape((-1, size)), order, 0).reshape(shape)
-
-
-@ops.constexpr
-def _native() -> bool:
-    return on_ascend()
+    if shape is None:
+        return ops.transpose(x, axes)
+    if order is None:
+        return x.reshape(shape)
+    return ops.Gather()(x.reshape((-1, size)), order, 0).reshape(shape)
 
 
 @ops.constexpr
 @functools.lru_cache(None)
 def _row_order(shape: tuple, axes: tuple) -> tuple:
-    """Which rows a transpose takes, None if all stay where they are; how long one is; and the new shape."""
+    """Which rows a transpose takes, None if all stay where they are; how long one is; and the new shape.
+
+    That is None on Ascend, which transposes as fast.
+    """
+    if on_ascend():
+        return None, 0, None
     moved = max((n + 1 for n, axis in enumerate(axes) if n != axis), default=0)
     order = np.arange(math.prod(shape[:moved])).reshape(shape[:moved]).transpose(axes[:moved]).ravel()
     stays = (order == np.arange(len(order))).all()
@@ -174,8 +176,9 @@ def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: flo
 
 def repeated_like(x: Tensor, other: Tensor) -> Tensor:
     """x, (B, ...), as often as the batch of the other holds it: what both sides of the guidance share is made once."""
-    times = other.shape[0] // x.shape[0]
-    return x if times == 1 else ops.concat((x,) * times, 0)
+    if x.shape[0] == other.shape[0]:
+        return x
+    return ops.concat((x,) * (other.shape[0] // x.shape[0]), 0)
 
 
 def in_turn(x: Tensor, results: list) -> Tensor:
