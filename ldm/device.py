@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("GLOG_v", "3")
 
 import mindspore as ms  # noqa: E402  (GLOG_v is read at import, so `ldm` imports this module first)
+from mindspore import Tensor  # noqa: E402
 
 from ldm.errors import UserError  # noqa: E402
 
@@ -53,6 +54,16 @@ def keep_graphs(folder: Path) -> None:
 def on_ascend() -> bool:
     """Whether networks built and run now use Ascend operators."""
     return ms.get_context("device_target") == "Ascend"
+
+
+def finished(x: Tensor) -> Tensor:
+    """x, on the CPU when a graph has really made it; on Ascend the host runs ahead.
+
+    The next operator would wait for it by asking again and again, which takes half of one of two cores from the graph.
+    """
+    if not on_ascend():
+        x.asnumpy()
+    return x
 
 
 def default_mode() -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ldm.ddim import sample_ddim
+from ldm.device import finished
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.controlnet import ControlNet
@@ -141,7 +142,11 @@ class LatentDiffusion:
     def __post_init__(self):
         self.context_length = self.text_encoders[0].config.context_length  # the encoder itself may leave memory
         self.tokenizers = [CLIPTokenizer(context_length=self.context_length)]
-        self.guided = GuidedDenoiser(self.unet, self.controlnets)
+        self.guided, self.decoder = GuidedDenoiser(self.unet, self.controlnets), None  # None: the autoencoder as it is
+
+    def compile(self) -> None:
+        """From now on denoiser and decoder run as graphs, also where all else runs operator by operator."""
+        self.guided, self.decoder = ms.jit(self.guided), ms.jit(self.vae)
 
     def encode_text(self, texts: list) -> Condition:
         """B texts -> their tokens, the last hidden states after the final norm."""
@@ -165,9 +170,9 @@ class LatentDiffusion:
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """(B, 4, h, w) scaled latents -> (B, 8 h, 8 w, 3) uint8 RGB, one picture at a time to bound memory."""
-        pictures = []
+        pictures, decoder = [], self.decoder or self.vae
         for latent in latents.asnumpy():
-            image = self.vae(Tensor(latent[None] / np.float32(self.scale_factor))).asnumpy()[0]
+            image = decoder(Tensor(latent[None] / np.float32(self.scale_factor))).asnumpy()[0]
             pixels = np.clip(image.transpose(1, 2, 0) / 2 + 0.5, 0, 1) * 255
             pictures.append(np.round(pixels).astype(np.uint8))
         return np.stack(pictures)
@@ -217,12 +222,12 @@ class LatentDiffusion:
                 # The conditional half is the last; without ControlNets the residual has no halves.
                 earlier = [part[-len(context):] if part.shape else part for part in kept]
                 predicted = self.guided(x, timestep, context, scale, y, None, None, None, *earlier)[0]
-                return self.schedule.noise_in(x, predicted, t)
+                return self.schedule.noise_in(x, finished(predicted), t)
             scales = [control.scale if t in control.timesteps else 0.0 for control in controls]
             acting = (text, hints, Tensor(scales, ms.float32)) if any(scales) else (None, None, None)
             predicted, *made = self.guided(x, timestep, context, scale, y, *acting)
             if shortcuts.shallow:
                 kept[:] = made
-            return self.schedule.noise_in(x, predicted, t)
+            return self.schedule.noise_in(x, finished(predicted), t)
 
         return denoise

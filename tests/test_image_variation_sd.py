@@ -6,8 +6,10 @@ import pytest
 from PIL import Image
 
 import image_variation_sd
+import ip_adapter.run as run
 from image_variation_sd import main
 from ldm.checkpoint_file import save_arrays
+from ldm.model import LatentDiffusion
 from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures, psnr, shell
 
 SMALL = ["--H", "64", "--W", "64", "--sampling_steps", "2"]
@@ -96,6 +98,20 @@ def test_demo_in_graph_mode(tmp_path):
     np.testing.assert_array_equal(again, compiled)
     assert psnr(compiled, made("pynative", "--ms_mode", "1")[0]) > 70
     assert psnr(plain, made("pynative_plain", "--ms_mode", "1", "--ip_scale", "0", "--seed", "7")[0]) > 70
+
+
+@pytest.mark.slow
+def test_graphs_are_compiled_where_that_saves_time(merged, tmp_path, outcome, monkeypatch):
+    compiled, compile_ = [], LatentDiffusion.compile
+    monkeypatch.setattr(LatentDiffusion, "compile", lambda self: compiled.append(compile_(self)))
+    for positions, flags in ((1, ()), (1 << 30, ()), (1, ("--ms_mode", "1"))):
+        monkeypatch.setattr(run, "COMPILED_POSITIONS", positions)
+        status, said = outcome(main, "--ckpt_path", merged, "--img", DATA / "input.png", *SMALL, "--n_samples", "1",
+                               *flags, "--output_path", tmp_path / "made")
+        assert status == 0, said
+    assert len(compiled) == 1
+    graph, *others = pictures(tmp_path / "made")
+    assert all(psnr(graph, other) > 70 for other in others)
 
 
 def test_help_is_complete():
