@@ -34,7 +34,7 @@ class Family:
         carried: names of a text encoder's tensors that no network needs, but files of the family hold.
         float32_vae: whether the autoencoder overflows in float16.
         compiled: whether the CPU compiles denoiser and decoder where that saves time and no flag says so. A graph keeps
-            its weights while the decoder runs; those of SDXL leave too little of 16 GB.
+            its weights while the decoder runs, and those of SDXL have not been seen to fit into 16 GB then.
         base: what a whole base model is called.
         base_flag: of the merge tool that names it.
         tool: that merges its files.
@@ -92,7 +92,8 @@ SDXL = Family(
     "SDXL", (UNET_SDXL, VAE_MINDSPORE, TEXT_L_SDXL, TEXT_G_SDXL),
     (UNET_TORCH, VAE_TORCH, TEXT_L_TORCH, TEXT_G_TORCH), CONTROLNET_SDXL,
     embedder="conditioner.embedders.2.", activations=("quick_gelu", "gelu"), carried=("logit_scale",),
-    float32_vae=True, compiled=False, base="sd_xl_base_1.0_ms.ckpt or sd_xl_base_1.0.safetensors", base_flag="--sd_xl_base",
+    float32_vae=True, compiled=False,
+    base="sd_xl_base_1.0_ms.ckpt or sd_xl_base_1.0.safetensors", base_flag="--sd_xl_base",
     tool="tools/merge_ckpts_sdxl.py",
     adapter="ip-adapter_sdxl.safetensors or a finetuned SDXL-base-1.0-N_ip_only.ckpt",
     finetuned="weights/SDXL-base-1.0-{}_ip_only",
