@@ -149,6 +149,8 @@ class Run:
         """Whether compiling denoiser and decoder saves time, and no flag says what to do."""
         if self.args.ms_mode is not None or default_mode() == 0 or not self.args.family.compiled:
             return False
+        if self.args.graph_cache:  # kept graphs are told apart by flags, so what is compiled may depend on those only
+            return True
         pictures = len(self.pairs) * self.args.n_iter * self.args.n_samples
         sides = 2 if self.args.scale > 1 else 1
         return pictures * sides * math.prod(self.shape[1:]) * len(timesteps) >= COMPILED_POSITIONS

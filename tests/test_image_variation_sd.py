@@ -104,12 +104,13 @@ def test_demo_in_graph_mode(tmp_path):
 def test_graphs_are_compiled_where_that_saves_time(merged, tmp_path, outcome, monkeypatch):
     compiled, compile_ = [], LatentDiffusion.compile
     monkeypatch.setattr(LatentDiffusion, "compile", lambda self: compiled.append(compile_(self)))
-    for positions, flags in ((1, ()), (1 << 30, ()), (1, ("--ms_mode", "1"))):
+    monkeypatch.setattr(run, "keep_run_graphs", lambda *_: None)
+    for positions, flags in ((1, ()), (1 << 30, ()), (1, ("--ms_mode", "1")), (1 << 30, ("--graph_cache", "graphs"))):
         monkeypatch.setattr(run, "COMPILED_POSITIONS", positions)
         status, said = outcome(main, "--ckpt_path", merged, "--img", DATA / "input.png", *SMALL, "--n_samples", "1",
                                *flags, "--output_path", tmp_path / "made")
         assert status == 0, said
-    assert len(compiled) == 1
+    assert len(compiled) == 2
     graph, *others = pictures(tmp_path / "made")
     assert all(psnr(graph, other) > 70 for other in others)
 
