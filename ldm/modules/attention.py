@@ -64,7 +64,7 @@ def _scaled(q: Tensor, num_heads: int) -> Tensor:
 def by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) -> Tensor:
     """What `Attention` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time."""
     together, rows, shape = _portions(q.shape, k.shape, num_heads, SCORE_ELEMENTS)
-    width, parts = q.shape, []
+    whole, parts = q.shape, []
     q, k, v = _by_head(q, num_heads), _by_head(k, num_heads), _by_head(v, num_heads)
     if together == q.shape[0]:
         y = _by_queries(q, k, v, mask, rows)
@@ -72,7 +72,7 @@ def by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) -> Tensor
         for a, b, c in zip(ops.split(q, together, 0), ops.split(k, together, 0), ops.split(v, together, 0)):
             parts.append(_by_queries(in_turn(a, parts), b, c, mask, rows))
         y = ops.concat(parts, 0)
-    return swap_inner(y.reshape(shape)).reshape(width)
+    return swap_inner(y.reshape(shape)).reshape(whole)
 
 
 @ops.constexpr
