@@ -35,8 +35,6 @@ OWN_FLAGS = ("guider", "discretization", "orig_height", "orig_width", "crop_coor
              "target_height", "target_width", "latents", "ref_img", "ref_mask", "strength", "invert_mask",
              "paste_original", "mask_blur", "control_image", "control_scale", "control_start", "control_end", "canny",
              "guidance_start", "guidance_end", "deep_every")
-
-
 # From so many positions of latents on, over all steps, graphs of denoiser and decoder save more time on the CPU than
 # they take to compile: half a minute for SD-1.5, and a third of each step. Eight guided steps of 512x512 have them.
 COMPILED_POSITIONS = 1 << 16
@@ -89,10 +87,10 @@ class Run:
         self.latents = None if args.latents is None else read_latents(args.latents, self.shape)
         if args.n_samples is None:
             args.n_samples = self._default_samples()
-        total = len(self.pairs) * args.n_iter * args.n_samples
-        if self.latents is not None and len(self.latents) != total:
-            raise UserError(f"--latents {args.latents}: holds {len(self.latents)} starting points, expected {total} "
-                            "(--n_samples x --n_iter x prompts)")
+        self.total = len(self.pairs) * args.n_iter * args.n_samples
+        if self.latents is not None and len(self.latents) != self.total:
+            raise UserError(f"--latents {args.latents}: holds {len(self.latents)} starting points, expected "
+                            f"{self.total} (--n_samples x --n_iter x prompts)")
         self.conditions: list = []
         self.made, self.steps, self.sampling_seconds, self.started = 0, 0, 0.0, time.time()
 
@@ -151,9 +149,8 @@ class Run:
             return False
         if self.args.graph_cache:  # kept graphs are told apart by flags, so what is compiled may depend on those only
             return True
-        pictures = len(self.pairs) * self.args.n_iter * self.args.n_samples
         sides = 2 if self.args.scale > 1 else 1
-        return pictures * sides * math.prod(self.shape[1:]) * len(timesteps) >= COMPILED_POSITIONS
+        return self.total * sides * math.prod(self.shape[1:]) * len(timesteps) >= COMPILED_POSITIONS
 
     def sample(self, steps: Iterable[Tensor], total: int) -> Tensor:
         """Go through a sampler's steps under a progress bar; returns the last one, finished."""

@@ -12,7 +12,7 @@ from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
-from ldm.modules.operators import in_turn, repeated_like, swap_inner, weighted_values
+from ldm.modules.operators import in_turn, portions, repeated_like, swap_inner, weighted_values
 
 # Largest score matrix held at a time where there is no fused operator, in elements (16 MiB of float32): it stays in a
 # last cache of 32 MiB between products and softmax.
@@ -63,7 +63,7 @@ def _scaled(q: Tensor, num_heads: int) -> Tensor:
 
 def by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) -> Tensor:
     """What `Attention` gives for queries already scaled, from at most SCORE_ELEMENTS scores at a time."""
-    together, rows, shape = _portions(q.shape, k.shape, num_heads, SCORE_ELEMENTS)
+    together, rows, shape = _plan(q.shape, k.shape, num_heads, SCORE_ELEMENTS)
     whole, parts = q.shape, []
     q, k, v = _by_head(q, num_heads), _by_head(k, num_heads), _by_head(v, num_heads)
     if together == q.shape[0]:
@@ -76,15 +76,14 @@ def by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) -> Tensor
 
 
 @ops.constexpr
-def _portions(q: tuple, k: tuple, num_heads: int, most: int) -> tuple:
+def _plan(q: tuple, k: tuple, num_heads: int, most: int) -> tuple:
     """How many heads of a batch are taken together; (first query, how many) of at most so many scores; and the output's
     shape by head."""
     groups, queries, tokens = q[0] * num_heads, q[1], k[1]
     together = min(groups, max(1, most // (queries * tokens)))
     while groups % together:
         together -= 1
-    rows = max(1, most // (together * tokens))
-    return (together, tuple((first, min(rows, queries - first)) for first in range(0, queries, rows)),
+    return (together, portions(queries, max(1, most // (together * tokens))),
             (q[0], num_heads, queries, q[2] // num_heads))
 
 

@@ -10,7 +10,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.device import on_ascend
-from ldm.modules.operators import bias_add, in_turn, joined, pad, reverse_first_three, swap_first_two
+from ldm.modules.operators import in_turn, joined, pad, portions, reverse_first_three, swap_first_two, with_bias
 
 # Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
 # would need 1.2 GB at once.
@@ -63,7 +63,7 @@ class Conv2d(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         if self.native:
-            return _with_bias(self.conv(x, self.weight), self.bias)
+            return with_bias(self.conv(x, self.weight), self.bias)
         return convolve(x, self.weight, self.bias, self.stride, self.padding, self.tiled)
 
 
@@ -88,11 +88,7 @@ def convolve(x: Tensor, weight: Tensor, bias, stride: int, padding: tuple, tiled
     side = tile_side(x.shape) if tiled else 0
     # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
     weight = ops.depend(weight, x)
-    return _with_bias(_by_tiles(x, weight, side) if side else _by_columns(x, weight, stride, padding), bias)
-
-
-def _with_bias(y: Tensor, bias) -> Tensor:
-    return y if bias is None else bias_add(y, bias)
+    return with_bias(_by_tiles(x, weight, side) if side else _by_columns(x, weight, stride, padding), bias)
 
 
 @ops.constexpr
@@ -134,7 +130,7 @@ def _tile_rows(shape: tuple, out_channels: int, side: int, most: int) -> tuple:
     """(first row, how many) of what is made at a time, from at most so many elements of transformed tiles."""
     batch, channels, height, width = shape
     row = (side + 2) ** 2 * max(channels, out_channels) * batch * (width // side)
-    return _portions(height, side * max(1, most // row))
+    return portions(height, side * max(1, most // row))
 
 
 def _of_tiles(x: Tensor, weight: Tensor, side: int, padding) -> Tensor:
@@ -155,19 +151,19 @@ def _size(shape: tuple, padding) -> Tensor:
 
 def _tile_products(tiles: Tensor, weight: Tensor, side: int) -> Tensor:
     """((m + 2)^2, C, N) transformed tiles times (C', 9 C) weights -> (m^2, C', N) tiles of the output."""
-    portions = _weight_portions(tiles.shape, weight.shape, WEIGHT_ELEMENTS)
-    if len(portions) == 1:
+    channels = _output_channels(tiles.shape, weight.shape, WEIGHT_ELEMENTS)
+    if len(channels) == 1:
         return _tile_product(tiles, weight, side)
     parts = []
-    for first, count in portions:
+    for first, count in channels:
         parts.append(_tile_product(tiles, in_turn(ops.narrow(weight, 0, first, count), parts), side))
     return ops.concat(parts, 1)
 
 
 @ops.constexpr
-def _weight_portions(tiles: tuple, weight: tuple, most: int) -> tuple:
+def _output_channels(tiles: tuple, weight: tuple, most: int) -> tuple:
     """(first channel of the output, how many) of at most so many elements of transformed weights."""
-    return _portions(weight[0], max(1, most // (tiles[0] * tiles[1])))
+    return portions(weight[0], max(1, most // (tiles[0] * tiles[1])))
 
 
 def _tile_product(tiles: Tensor, weight: Tensor, side: int) -> Tensor:
@@ -216,7 +212,7 @@ def _column_plan(shape: tuple, weight: tuple, stride: int, padding: tuple, most:
     _, channels, height, width = shape
     kernel, (top, bottom, left, right) = weight[2], padding
     out_h, out_w = (height + top + bottom - kernel) // stride + 1, (width + left + right - kernel) // stride + 1
-    rows = _portions(out_h, max(1, most // (channels * kernel * kernel * out_w)))
+    rows = portions(out_h, max(1, most // (channels * kernel * kernel * out_w)))
     return rows, top if top == bottom == left == right and len(rows) == 1 else 0, (out_h, out_w)
 
 
@@ -225,11 +221,6 @@ def _columns(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     if kernel == 1 and stride == 1:
         return x.reshape((x.shape[0], x.shape[1], -1))
     return ops.Im2Col(kernel, stride, 1, padding)(x).reshape((x.shape[0], x.shape[1] * kernel * kernel, -1))
-
-
-def _portions(count: int, most: int) -> tuple:
-    """(first, how many) of portions of at most so many."""
-    return tuple((first, min(most, count - first)) for first in range(0, count, most))
 
 
 def tile_transforms(side: int) -> tuple:

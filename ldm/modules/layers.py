@@ -10,7 +10,15 @@ from mindspore.common.initializer import HeUniform, initializer
 
 from ldm.device import on_ascend
 from ldm.modules.convolution import Conv2d
-from ldm.modules.operators import bias_add, group_norm, layer_norm, spread, swap_first_two, worth_a_graph
+from ldm.modules.operators import (
+    group_norm,
+    layer_norm,
+    portions,
+    spread,
+    swap_first_two,
+    with_bias,
+    worth_a_graph,
+)
 
 # Of larger feature maps, in elements (256 MiB of float32), what lies between norm and convolution is made in row
 # blocks.
@@ -40,8 +48,7 @@ class Linear(nn.Cell):
     def __init__(self, in_channels: int, out_channels: int, has_bias: bool = True, as_convolution: bool = False,
                  dtype=mstype.float32):
         super().__init__()
-        self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
-        self.as_convolution = as_convolution
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.weight = _weight((out_channels, in_channels) + (1, 1) * as_convolution, dtype)
         self.bias = _zeros((out_channels,), dtype) if has_bias else None
 
@@ -71,7 +78,7 @@ def _matrix(weight: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias) -> Tensor:
     rows, shape = _linear_shapes(x.shape, weight.shape)
     y = ops.MatMul(transpose_b=True)(x.reshape(rows), weight)
-    return (y if bias is None else bias_add(y, bias)).reshape(shape)
+    return with_bias(y, bias).reshape(shape)
 
 
 def _halves(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
@@ -88,14 +95,14 @@ def _linear_shapes(x: tuple, weight: tuple) -> tuple:
 def _linear_from_maps(x: Tensor, weight: Tensor, bias) -> Tensor:
     batch, channels, count = x.shape
     y = ops.MatMul(transpose_a=True, transpose_b=True)(swap_first_two(x).reshape((channels, -1)), weight)
-    return (y if bias is None else bias_add(y, bias)).reshape((batch, count, -1))
+    return with_bias(y, bias).reshape((batch, count, -1))
 
 
 def _linear_to_maps(x: Tensor, weight: Tensor, bias) -> Tensor:
     batch, count, channels = x.shape
     y = ops.MatMul(transpose_b=True)(weight, x.reshape((-1, channels)))
     y = swap_first_two(y.reshape((-1, batch, count)))
-    return y if bias is None else bias_add(y.reshape((batch, -1, count, 1)), bias).reshape(y.shape)
+    return with_bias(y.reshape((batch, -1, count, 1)), bias).reshape(y.shape)
 
 
 class GroupNorm(nn.Cell):
@@ -245,10 +252,11 @@ def rows_of(row_elements: int, height: int) -> int:
     return min(height, max(1, MAP_ELEMENTS // row_elements))
 
 
-def row_blocks(height: int, rows: int) -> list:
+@ops.constexpr
+def row_blocks(height: int, rows: int) -> tuple:
     """(first row, how many, first row read, end of what is read): a 3x3 convolution needs one more on each side."""
-    return [(first, min(rows, height - first), max(0, first - 1), min(height, first + rows + 1))
-            for first in range(0, height, rows)]
+    return tuple((first, count, max(0, first - 1), min(height, first + count + 1))
+                 for first, count in portions(height, rows))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:

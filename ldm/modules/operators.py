@@ -42,6 +42,11 @@ class BiasAdd(nn.Cell):
 bias_add = BiasAdd()
 
 
+def with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x with a bias added as `bias_add` does, where there is one."""
+    return x if bias is None else bias_add(x, bias)
+
+
 class WeightedValues(nn.Cell):
     """softmax(q k^T) v, the softmax in float32.
 
@@ -179,6 +184,11 @@ def repeated_like(x: Tensor, other: Tensor) -> Tensor:
     if x.shape[0] == other.shape[0]:
         return x
     return ops.concat((x,) * (other.shape[0] // x.shape[0]), 0)
+
+
+def portions(count: int, most: int) -> tuple:
+    """(first, how many) of portions of at most so many; to plan a loop with, in an `ops.constexpr`."""
+    return tuple((first, min(most, count - first)) for first in range(0, count, most))
 
 
 def in_turn(x: Tensor, results: list) -> Tensor:
