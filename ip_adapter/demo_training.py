@@ -182,13 +182,13 @@ def normalised(trained: dict, moments: np.ndarray, scale_factor: float) -> dict:
     gain = 1 / (scale_factor * deviation)
     out, quant, post = dict(trained), "vae.quant_conv.", "vae.post_quant_conv."
     weight, bias = trained[quant + "weight"].copy(), trained[quant + "bias"].copy()
-    weight[:z] *= gain[:, None, None, None]
+    weight[:z] *= gain[:, None]
     bias[:z] = (bias[:z] - mean) * gain
     bias[z:] += 2 * np.log(gain)  # the log variance
     out[quant + "weight"], out[quant + "bias"] = weight, bias
     weight = trained[post + "weight"]
-    out[post + "weight"] = weight / gain[None, :, None, None]
-    out[post + "bias"] = trained[post + "bias"] + weight[:, :, 0, 0] @ mean
+    out[post + "weight"] = weight / gain
+    out[post + "bias"] = trained[post + "bias"] + weight @ mean
     return out
 
 

@@ -11,6 +11,7 @@ from ip_adapter.build import ImagePromptModel
 from ip_adapter.names import TEXT_ONLY
 from ldm.checkpoint import Layout, parameter_shapes
 from ldm.checkpoint_file import save_arrays
+from ldm.modules.weight import stored_shape
 
 
 def networks(model: ImagePromptModel) -> dict:
@@ -61,7 +62,8 @@ def _held(cell: nn.Cell) -> list:
 
 
 def _values(cell: nn.Cell, name: str, trained: dict) -> dict:
-    return {path: trained.get(f"{name}.{path}", parameter.asnumpy()) for path, parameter in _held(cell)}
+    return {path: trained.get(f"{name}.{path}", parameter.asnumpy()).reshape(stored_shape(parameter))
+            for path, parameter in _held(cell)}
 
 
 def _on_disk(layout: Layout, path: str, value: np.ndarray) -> dict:

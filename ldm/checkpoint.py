@@ -15,6 +15,7 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, TensorInfo
+from ldm.modules.weight import stored_shape
 
 SHOWN = 20  # names listed in a message, of each kind
 
@@ -126,11 +127,11 @@ class Part(NamedTuple):
 
 
 def parameter_shapes(cell: nn.Cell, pattern: str = "") -> dict:
-    """Path -> shape of the parameters of `cell` whose path matches `pattern` and that files hold.
+    """Path -> shape in files of the parameters of `cell` whose path matches `pattern` and that files hold.
 
     Run-time values (`ip_scale`) are parameters to MindSpore but belong to no file.
     """
-    return {path: tuple(p.shape) for path, p in cell.parameters_and_names()
+    return {path: stored_shape(p) for path, p in cell.parameters_and_names()
             if not path.endswith("ip_scale") and re.search(pattern, path)}
 
 
@@ -197,8 +198,9 @@ def load(cell: nn.Cell, part: Part) -> None:
     parameters = dict(cell.parameters_and_names())
     for path, source in part.sources().items():
         value = read_parameter(part.file, source)
-        value = np.ascontiguousarray(value, dtype=_NUMPY[parameters[path].dtype])
-        parameters[path].set_data(Tensor.from_numpy(value))  # shares the memory, no second copy
+        parameter = parameters[path]
+        value = np.ascontiguousarray(value, dtype=_NUMPY[parameter.dtype]).reshape(parameter.shape)
+        parameter.set_data(Tensor.from_numpy(value))  # shares the memory, no second copy
 
 
 def plan(part: Part, target: Layout, dtype: str | None = None) -> dict:

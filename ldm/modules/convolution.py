@@ -2,15 +2,15 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import HeUniform, initializer
+from mindspore.common.initializer import initializer
 
 from ldm.device import on_ascend
 from ldm.modules.operators import in_turn, joined, pad, portions, reverse_first_three, swap_first_two, with_bias
+from ldm.modules.weight import initial_weight
 
 # Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
 # would need 1.2 GB at once.
@@ -21,9 +21,9 @@ SMALL_MAP = 256
 # five times the rounding of a direct sum, where theirs (0, 1, -1, 2, -2) has ten (arXiv 1803.10986). All are exact in
 # float32, and so are their products.
 TILE_POINTS = {4: (0, 0.75, -0.75, 1.5, -1.5), 2: (0, 1, -1)}
-# With fewer output positions than this, transforming the weight costs more than the tiles save; with fewer channels,
-# transforming the picture does.
-TILED_POSITIONS, TILED_CHANNELS = 450, 16
+# With fewer output positions than this, by the side of a tile, transforming the weight costs more than the tiles save;
+# with fewer channels, transforming the picture does.
+TILED_POSITIONS, TILED_CHANNELS = {4: 1024, 2: 128}, 16
 # Largest array of transformed tiles at a time, and of transformed weights, in elements: those of 2560 x 1280 channels
 # together would be 0.5 GB.
 TILE_ELEMENTS, WEIGHT_ELEMENTS = 1 << 24, 1 << 25
@@ -52,32 +52,33 @@ class Conv2d(nn.Cell):
         super().__init__()
         self.stride = stride
         self.padding = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-        # PyTorch's default initialisation
-        self.weight = Parameter(initializer(HeUniform(math.sqrt(5)), (out_channels, in_channels, kernel_size,
-                                                                      kernel_size), dtype))
-        self.bias = Parameter(initializer("zeros", (out_channels,), dtype)) if has_bias else None
         self.native = on_ascend()
-        self.tiled = ((kernel_size, stride, self.padding, dtype) == (3, 1, (1,) * 4, mstype.float32)
-                      and in_channels >= TILED_CHANNELS)
+        self.tiled = (not self.native and in_channels >= TILED_CHANNELS
+                      and (kernel_size, stride, self.padding, dtype) == (3, 1, (1,) * 4, mstype.float32))
+        self.shape = out_channels, in_channels, kernel_size, kernel_size
+        matrix = (out_channels * in_channels, 9) if self.tiled else (out_channels, in_channels * kernel_size**2)
+        self.weight = initial_weight(self.shape, dtype, self.shape if self.native else matrix)
+        self.bias = Parameter(initializer("zeros", (out_channels,), dtype)) if has_bias else None
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
 
     def construct(self, x: Tensor) -> Tensor:
         if self.native:
             return with_bias(self.conv(x, self.weight), self.bias)
-        return convolve(x, self.weight, self.bias, self.stride, self.padding, self.tiled)
+        return convolve(x, self.weight, self.bias, self.shape, self.stride, self.padding, self.tiled)
 
 
 # What follows are functions, not methods, for the time a graph takes to compile: layers of equal shapes share a
 # function, while each has methods of its own. Loops are planned outside of the graph for the same reason.
 
 
-def convolve(x: Tensor, weight: Tensor, bias, stride: int, padding: tuple, tiled: bool) -> Tensor:
+def convolve(x: Tensor, matrix: Tensor, bias, shape: tuple, stride: int, padding: tuple, tiled: bool) -> Tensor:
     """A convolution on the CPU.
 
     Args:
         x: (B, C, H, W).
-        weight: (C', C, k, k).
+        matrix: the weight: (C', C k k), or (C' C, 9) if tiled.
         bias: (C',) or None.
+        shape: of the weight: (C', C, k, k).
         stride: step between outputs.
         padding: zeros around the picture: (top, bottom, left, right).
         tiled: whether tiles may be taken: k is 3, the stride and all paddings are 1, in float32.
@@ -87,19 +88,24 @@ def convolve(x: Tensor, weight: Tensor, bias, stride: int, padding: tuple, tiled
     """
     side = tile_side(x.shape) if tiled else 0
     # depend: a graph would transform the weights of all layers first, and keep 4 GB of them.
-    weight = ops.depend(weight, x)
-    return with_bias(_by_tiles(x, weight, side) if side else _by_columns(x, weight, stride, padding), bias)
+    matrix = ops.depend(matrix, x)
+    if side:
+        return with_bias(_by_tiles(x, matrix, shape[0], side), bias)
+    if tiled:  # and the map is small
+        matrix = matrix.reshape((shape[0], -1))
+    return with_bias(_by_columns(x, matrix, shape[2], stride, padding), bias)
 
 
 @ops.constexpr
 def tile_side(shape: tuple) -> int:
     """The side of the tiles that a (B, C, H, W) input is cut into, 0 for columns instead."""
     batch, _, height, width = shape
-    sides = (side for side in TILE_POINTS if height % side == 0 and width % side == 0)
-    return next(sides, 0) if batch * height * width >= TILED_POSITIONS else 0
+    sides = (side for side, positions in TILED_POSITIONS.items()
+             if height % side == 0 and width % side == 0 and batch * height * width >= positions)
+    return next(sides, 0)
 
 
-def _by_tiles(x: Tensor, weight: Tensor, side: int) -> Tensor:
+def _by_tiles(x: Tensor, matrix: Tensor, out_channels: int, side: int) -> Tensor:
     """A 3x3 convolution as products of transformed tiles.
 
     A tile of m x m outputs follows from (m + 2)^2 inputs; transformed, each of these is multiplied over the
@@ -107,7 +113,8 @@ def _by_tiles(x: Tensor, weight: Tensor, side: int) -> Tensor:
 
     Args:
         x: (B, C, H, W), H and W multiples of m; one row and column of zeros are put around it.
-        weight: (C', C, 3, 3).
+        matrix: (C' C, 9), the weight.
+        out_channels: C'.
         side: m.
 
     Returns:
@@ -116,12 +123,12 @@ def _by_tiles(x: Tensor, weight: Tensor, side: int) -> Tensor:
     Source:
         arXiv 1509.09308 (Lavin and Gray), section 4: F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) as products of matrices.
     """
-    rows = _tile_rows(x.shape, weight.shape[0], side, TILE_ELEMENTS)
+    rows = _tile_rows(x.shape, out_channels, side, TILE_ELEMENTS)
     if len(rows) == 1:
-        return _of_tiles(x, weight, side, 1)
+        return _of_tiles(x, matrix, side, 1)
     x, blocks = pad(x, (1, 1, 0, 0)), []
     for first, count in rows:
-        blocks.append(_of_tiles(in_turn(ops.narrow(x, 2, first, count + 2), blocks), weight, side, (0, 1)))
+        blocks.append(_of_tiles(in_turn(ops.narrow(x, 2, first, count + 2), blocks), matrix, side, (0, 1)))
     return ops.concat(blocks, 2)
 
 
@@ -133,12 +140,12 @@ def _tile_rows(shape: tuple, out_channels: int, side: int, most: int) -> tuple:
     return portions(height, side * max(1, most // row))
 
 
-def _of_tiles(x: Tensor, weight: Tensor, side: int, padding) -> Tensor:
+def _of_tiles(x: Tensor, matrix: Tensor, side: int, padding) -> Tensor:
     """`_by_tiles` of (B, C, R, W) with a padding of 1, or of (B, C, R + 2, W) with one of (0, 1): (B, C', R, W)."""
     tiles = reverse_first_three(ops.Im2Col(side + 2, side, 1, padding)(x))  # ((m + 2)^2, C, B, positions)
     count, channels, batch, _ = tiles.shape
     tiles = ops.MatMul()(_transforms(side)[0], tiles.reshape((count, -1))).reshape((count, channels, -1))
-    y = _tile_products(tiles, weight.reshape((weight.shape[0], -1)), side)
+    y = _tile_products(tiles, matrix, side)
     y = reverse_first_three(y.reshape((y.shape[0], y.shape[1], batch, -1)))  # (B, C', m^2, positions)
     return ops.Col2Im(side, 1, 0, side)(y, _size(x.shape, padding))
 
@@ -149,28 +156,28 @@ def _size(shape: tuple, padding) -> Tensor:
     return Tensor([shape[2] - 2 * (padding != 1), shape[3]], mstype.int32)
 
 
-def _tile_products(tiles: Tensor, weight: Tensor, side: int) -> Tensor:
-    """((m + 2)^2, C, N) transformed tiles times (C', 9 C) weights -> (m^2, C', N) tiles of the output."""
-    channels = _output_channels(tiles.shape, weight.shape, WEIGHT_ELEMENTS)
-    if len(channels) == 1:
-        return _tile_product(tiles, weight, side)
+def _tile_products(tiles: Tensor, matrix: Tensor, side: int) -> Tensor:
+    """((m + 2)^2, C, N) transformed tiles times (C' C, 9) weights -> (m^2, C', N) tiles of the output."""
+    rows = _weight_rows(tiles.shape, matrix.shape, WEIGHT_ELEMENTS)
+    if len(rows) == 1:
+        return _tile_product(tiles, matrix, side)
     parts = []
-    for first, count in channels:
-        parts.append(_tile_product(tiles, in_turn(ops.narrow(weight, 0, first, count), parts), side))
+    for first, count in rows:
+        parts.append(_tile_product(tiles, in_turn(ops.narrow(matrix, 0, first, count), parts), side))
     return ops.concat(parts, 1)
 
 
 @ops.constexpr
-def _output_channels(tiles: tuple, weight: tuple, most: int) -> tuple:
-    """(first channel of the output, how many) of at most so many elements of transformed weights."""
-    return portions(weight[0], max(1, most // (tiles[0] * tiles[1])))
+def _weight_rows(tiles: tuple, matrix: tuple, most: int) -> tuple:
+    """(first row, how many) of the weights of some output channels, of at most so many elements once transformed."""
+    return portions(matrix[0], tiles[1] * max(1, most // (tiles[0] * tiles[1])))
 
 
-def _tile_product(tiles: Tensor, weight: Tensor, side: int) -> Tensor:
+def _tile_product(tiles: Tensor, matrix: Tensor, side: int) -> Tensor:
     count, channels, positions = tiles.shape
     _, of_weight, to_output = _transforms(side)
-    weight = ops.MatMul(transpose_b=True)(of_weight, weight.reshape((-1, 9))).reshape((count, -1, channels))
-    y = ops.BatchMatMul()(weight, tiles)
+    weights = ops.MatMul(transpose_b=True)(of_weight, matrix).reshape((count, -1, channels))
+    y = ops.BatchMatMul()(weights, tiles)
     return ops.MatMul()(to_output, y.reshape((count, -1))).reshape((side * side, -1, positions))
 
 
@@ -181,16 +188,15 @@ def _transforms(side: int) -> tuple:
     return tuple(Tensor(np.kron(matrix, matrix).astype(np.float32)) for matrix in tile_transforms(side))
 
 
-def _by_columns(x: Tensor, weight: Tensor, stride: int, padding: tuple) -> Tensor:
-    """The picture unfolded into columns of what each output sees, times the (C', k k C) weight."""
-    rows, inside, (out_h, out_w) = _column_plan(x.shape, weight.shape, stride, padding, COLUMN_ELEMENTS)
-    batch, (out_channels, _, kernel, _) = x.shape[0], weight.shape
-    weight = weight.reshape((out_channels, -1))
+def _by_columns(x: Tensor, matrix: Tensor, kernel: int, stride: int, padding: tuple) -> Tensor:
+    """The picture unfolded into columns of what each output sees, times the (C', C k k) weight."""
+    rows, inside, (out_h, out_w) = _column_plan(x.shape, kernel, stride, padding, COLUMN_ELEMENTS)
+    batch, (out_channels, seen) = x.shape[0], matrix.shape
     if inside == 0 and max(padding) > 0:
         x = pad(x, padding)
     if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
         columns = swap_first_two(_columns(x, kernel, stride, inside))
-        y = ops.MatMul()(weight, columns.reshape((weight.shape[1], -1)))
+        y = ops.MatMul()(matrix, columns.reshape((seen, -1)))
         return swap_first_two(y.reshape((out_channels, batch, -1))).reshape((batch, out_channels, out_h, out_w))
     pictures = []
     for picture in ops.split(x, 1, 0) if batch > 1 else (x,):
@@ -199,18 +205,18 @@ def _by_columns(x: Tensor, weight: Tensor, stride: int, padding: tuple) -> Tenso
             block = picture
             if len(rows) > 1:
                 block = in_turn(ops.narrow(picture, 2, first * stride, (count - 1) * stride + kernel), blocks)
-            columns = _columns(block, kernel, stride, inside).reshape((weight.shape[1], -1))
-            blocks.append(ops.MatMul()(weight, columns).reshape((1, out_channels, count, out_w)))
+            columns = _columns(block, kernel, stride, inside).reshape((seen, -1))
+            blocks.append(ops.MatMul()(matrix, columns).reshape((1, out_channels, count, out_w)))
         pictures.append(joined(blocks, 2))
     return joined(pictures, 0)
 
 
 @ops.constexpr
-def _column_plan(shape: tuple, weight: tuple, stride: int, padding: tuple, most: int) -> tuple:
+def _column_plan(shape: tuple, kernel: int, stride: int, padding: tuple, most: int) -> tuple:
     """(first row, how many) of at most so many elements of columns; zeros to put around the picture as it is unfolded,
     where that does; height and width of the output."""
     _, channels, height, width = shape
-    kernel, (top, bottom, left, right) = weight[2], padding
+    top, bottom, left, right = padding
     out_h, out_w = (height + top + bottom - kernel) // stride + 1, (width + left + right - kernel) // stride + 1
     rows = portions(out_h, max(1, most // (channels * kernel * kernel * out_w)))
     return rows, top if top == bottom == left == right and len(rows) == 1 else 0, (out_h, out_w)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import HeUniform, initializer
+from mindspore.common.initializer import initializer
 
 from ldm.device import on_ascend
 from ldm.modules.convolution import Conv2d
@@ -19,15 +19,11 @@ from ldm.modules.operators import (
     with_bias,
     worth_a_graph,
 )
+from ldm.modules.weight import initial_weight
 
 # Of larger feature maps, in elements (256 MiB of float32), what lies between norm and convolution is made in row
 # blocks.
 MAP_ELEMENTS = 1 << 26
-
-
-def _weight(shape: tuple[int, ...], dtype) -> Parameter:
-    """A weight with PyTorch's default initialisation (He uniform, a = sqrt(5))."""
-    return Parameter(initializer(HeUniform(math.sqrt(5)), shape, dtype))
 
 
 def _zeros(shape: tuple[int, ...], dtype) -> Parameter:
@@ -41,7 +37,7 @@ class Linear(nn.Cell):
         in_channels: C of the input.
         out_channels: C of the output.
         has_bias: whether there is a bias.
-        as_convolution: keep the weight as (out, in, 1, 1), as published files of 1x1 convolutions do.
+        as_convolution: whether files have the weight as (out, in, 1, 1), as those of 1x1 convolutions do.
         dtype: of weight, bias and output.
     """
 
@@ -49,19 +45,20 @@ class Linear(nn.Cell):
                  dtype=mstype.float32):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.weight = _weight((out_channels, in_channels) + (1, 1) * as_convolution, dtype)
+        matrix = out_channels, in_channels
+        self.weight = initial_weight(matrix + (1, 1) * as_convolution, dtype, matrix)
         self.bias = _zeros((out_channels,), dtype) if has_bias else None
 
     def construct(self, x: Tensor) -> Tensor:
-        return _linear(x, _matrix(self.weight), self.bias)
+        return _linear(x, self.weight, self.bias)
 
     def from_maps(self, x: Tensor) -> Tensor:
         """What `construct` gives for each position of (B, C, N) maps: (B, N, C'). The product turns them."""
-        return _linear_from_maps(x, _matrix(self.weight), self.bias)
+        return _linear_from_maps(x, self.weight, self.bias)
 
     def to_maps(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, C', N): the maps of what `construct` gives."""
-        return _linear_to_maps(x, _matrix(self.weight), self.bias)
+        return _linear_to_maps(x, self.weight, self.bias)
 
     def halves(self, x: Tensor) -> tuple:
         """The first and the second half of the output's channels; a product for each is cheaper than cutting one."""
@@ -69,10 +66,6 @@ class Linear(nn.Cell):
 
 
 # Functions, not methods, for the time a graph takes to compile: all layers of equal shapes share them.
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    return weight if weight.ndim == 2 else weight.reshape(weight.shape[:2])
 
 
 def _linear(x: Tensor, weight: Tensor, bias) -> Tensor:
