@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -33,6 +34,10 @@ from ldm.formats.safetensors_file import index_safetensors, write_safetensors
 from ldm.formats.torch_zip import index_torch
 
 __all__ = ["CheckpointError", "CheckpointFile", "TensorInfo", "open_checkpoint", "save_arrays", "write_checkpoint"]
+
+
+# Tensors of so many bytes are mapped, others copied: a mapping takes whole pages.
+MAPPED_BYTES = 1 << 20
 
 
 class CheckpointFile:
@@ -67,6 +72,7 @@ class CheckpointFile:
 
         Returns:
             An array in its own contiguous, writable memory, of the stored shape and dtype; bfloat16 comes as float32.
+            A large one is mapped: its memory is the file's in the cache, and copied only where it is written to.
 
         Raises:
             CheckpointError: no such name, or the file shrank, failed or did not fit into memory.
@@ -77,14 +83,10 @@ class CheckpointFile:
         shape, dtype = entry.info
         try:
             stored = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-            flat = np.empty(entry.nbytes // stored.itemsize, stored)
-            raw, at = flat.view(np.uint8), 0
-            for start, length in entry.extents:
-                self._file.seek(start)
-                got = self._file.readinto(raw[at : at + length])
-                if got != length:
-                    raise CheckpointError(f"{self.path} shrank while open: {length - got} bytes of '{name}' are gone")
-                at += length
+            missing = max(start + length for start, length in entry.extents) - os.fstat(self._file.fileno()).st_size
+            if missing > 0:
+                raise CheckpointError(f"{self.path} shrank while open: {missing} bytes of '{name}' are gone")
+            flat = self._bytes(entry, stored.itemsize).view(stored)
             if entry.strides is None:
                 array = flat.reshape(shape)
             else:
@@ -96,6 +98,20 @@ class CheckpointFile:
             raise CheckpointError(f"{self.path}: '{name}', {shape} {dtype}, does not fit into memory") from error
         except OSError as error:
             raise damaged(f"{self.path}: reading '{name}' failed: {error.strerror}") from error
+
+    def _bytes(self, entry: Entry, alignment: int) -> np.ndarray:
+        """The bytes of a tensor, mapped if it is large, in one piece, and begins at a multiple of `alignment`."""
+        start, length = entry.extents[0]
+        if len(entry.extents) == 1 and length >= MAPPED_BYTES and start % alignment == 0:
+            before = start % mmap.ALLOCATIONGRANULARITY  # a mapping begins with a page
+            pages = mmap.mmap(self._file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
+            return np.frombuffer(pages, np.uint8, offset=before)
+        raw, at = np.empty(entry.nbytes, np.uint8), 0
+        for start, length in entry.extents:
+            self._file.seek(start)
+            self._file.readinto(raw[at : at + length])
+            at += length
+        return raw
 
 
 def open_checkpoint(path) -> CheckpointFile:

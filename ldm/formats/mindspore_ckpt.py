@@ -20,6 +20,8 @@ from ldm.formats.index import DTYPES, CheckpointError, Entry, TensorInfo, checke
 # A protobuf bytes field ends at 2 GiB. MindSpore cuts at the same 512 MiB when it saves, and joins when it loads.
 SLICE_BYTES = 512 * 1024 * 1024
 MAX_NAME_BYTES = 65536
+# Where contents begin, so that whoever maps the file may compute with them; a varint has ten digits at most.
+ALIGNMENT, MAX_DIGITS = 4, 10
 
 _VARINT, _BYTES = 0, 2  # protobuf wire types; MindSpore uses no others
 _DTYPE_OF = {row.mindspore: dtype for dtype, row in DTYPES.items()}
@@ -129,31 +131,43 @@ def _text(file, spans: list[tuple[int, int]]) -> str | None:
 
 def write_ckpt(write: Callable, infos: dict, payload: Callable) -> None:
     """Write a MindSpore .ckpt; see `ldm.formats`."""
+    position = 0
     for name, info in infos.items():
         # A variable here would keep the tensor while the next one is read.
-        _write_tensor(write, name, info, payload(name))
+        position = _write_tensor(write, name, info, payload(name), position)
 
 
-def _write_tensor(write: Callable, name: str, info: TensorInfo, data: np.ndarray) -> None:
+def _write_tensor(write: Callable, name: str, info: TensorInfo, data: np.ndarray, position: int) -> int:
     for start in range(0, max(len(data), 1), SLICE_BYTES):
         part = data[start : start + SLICE_BYTES]
-        write(record_head(name, info, len(part)))
+        head = record_head(name, info, len(part), position)
+        write(head)
         write(part)
+        position += len(head) + len(part)
+    return position
 
 
-def record_head(name: str, info: TensorInfo, nbytes: int) -> bytes:
-    """All of one `Value` record before its tensor_content of `nbytes` bytes, which has to follow."""
+def record_head(name: str, info: TensorInfo, nbytes: int, position: int = 0) -> bytes:
+    """All of one `Value` record before its tensor_content of `nbytes` bytes, which has to follow.
+
+    The content's length is written with as many idle digits as let it begin at a multiple of ALIGNMENT in a file that
+    has the record at `position`.
+    """
     tag, stored = name.encode("utf-8"), DTYPES[info.dtype].mindspore.encode("ascii")
-    tensor = b"".join(b"\x08" + varint(n) for n in info.shape)
-    tensor += b"\x12" + varint(len(stored)) + stored + b"\x1a" + varint(nbytes)
-    value = b"\x0a" + varint(len(tag)) + tag + b"\x12" + varint(len(tensor) + nbytes) + tensor
-    return b"\x0a" + varint(len(value) + nbytes) + value
+    sizes = b"".join(b"\x08" + varint(n) for n in info.shape) + b"\x12" + varint(len(stored)) + stored + b"\x1a"
+    for digits in range(len(varint(nbytes)), MAX_DIGITS + 1):
+        tensor = sizes + varint(nbytes, digits)
+        value = b"\x0a" + varint(len(tag)) + tag + b"\x12" + varint(len(tensor) + nbytes) + tensor
+        head = b"\x0a" + varint(len(value) + nbytes) + value
+        if (position + len(head)) % ALIGNMENT == 0:
+            break
+    return head
 
 
-def varint(value: int) -> bytes:
-    """An integer >= 0 as a protobuf varint."""
+def varint(value: int, digits: int = 1) -> bytes:
+    """An integer >= 0 as a protobuf varint of so many digits at least; the last ones may be zeros."""
     out = bytearray()
-    while value >= 0x80:
+    while value >= 0x80 or len(out) + 1 < digits:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     out.append(value)
