@@ -72,7 +72,7 @@ class CheckpointFile:
 
         Returns:
             An array in its own contiguous, writable memory, of the stored shape and dtype; bfloat16 comes as float32.
-            A large one is mapped: its memory is the file's in the cache, and copied only where it is written to. Whoever
+            A large one is mapped: its memory is the file's in the cache, and copied only where it is written to. Who
             changes the file meanwhile should write a new one and rename it, as `write_checkpoint` does.
 
         Raises:
