@@ -173,7 +173,7 @@ def normalised(trained: dict, moments: np.ndarray, scale_factor: float) -> dict:
     """The same autoencoder with latents that have mean 0 and, times `scale_factor`, deviation 1 in every channel.
 
     Args:
-        trained: `vae.path` -> array.
+        trained: `vae.path` -> array; weights of convolutions in any shape that begins with the output channels.
         moments: (N, 2 z, h, w) what it encodes pictures to.
         scale_factor: as in SD-1.5.
     """
@@ -182,14 +182,19 @@ def normalised(trained: dict, moments: np.ndarray, scale_factor: float) -> dict:
     gain = 1 / (scale_factor * deviation)
     out, quant, post = dict(trained), "vae.quant_conv.", "vae.post_quant_conv."
     weight, bias = trained[quant + "weight"].copy(), trained[quant + "bias"].copy()
-    weight[:z] *= gain[:, None]
+    _rows(weight)[:z] *= gain[:, None]
     bias[:z] = (bias[:z] - mean) * gain
     bias[z:] += 2 * np.log(gain)  # the log variance
     out[quant + "weight"], out[quant + "bias"] = weight, bias
-    weight = trained[post + "weight"]
-    out[post + "weight"] = weight / gain
+    weight = _rows(trained[post + "weight"])
+    out[post + "weight"] = (weight / gain).reshape(trained[post + "weight"].shape)
     out[post + "bias"] = trained[post + "bias"] + weight @ mean
     return out
+
+
+def _rows(weight: np.ndarray) -> np.ndarray:
+    """The weight of a 1x1 convolution as a matrix; on Ascend the network keeps it in four dimensions."""
+    return weight.reshape(len(weight), -1)
 
 
 def encoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -> Stage:

@@ -84,10 +84,7 @@ class CheckpointFile:
         shape, dtype = entry.info
         try:
             stored = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-            missing = max(start + length for start, length in entry.extents) - os.fstat(self._file.fileno()).st_size
-            if missing > 0:
-                raise CheckpointError(f"{self.path} shrank while open: {missing} bytes of '{name}' are gone")
-            flat = self._bytes(entry, stored.itemsize).view(stored)
+            flat = self._bytes(name, stored.itemsize).view(stored)
             if entry.strides is None:
                 array = flat.reshape(shape)
             else:
@@ -100,17 +97,21 @@ class CheckpointFile:
         except OSError as error:
             raise damaged(f"{self.path}: reading '{name}' failed: {error.strerror}") from error
 
-    def _bytes(self, entry: Entry, alignment: int) -> np.ndarray:
+    def _bytes(self, name: str, alignment: int) -> np.ndarray:
         """The bytes of a tensor, mapped if it is large, in one piece, and begins at a multiple of `alignment`."""
+        entry = self._entries[name]
         start, length = entry.extents[0]
         if len(entry.extents) == 1 and length >= MAPPED_BYTES and start % alignment == 0:
             before = start % mmap.ALLOCATIONGRANULARITY  # a mapping begins with a page
-            pages = mmap.mmap(self._file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
-            return np.frombuffer(pages, np.uint8, offset=before)
+            with contextlib.suppress(ValueError):  # it would end behind the file: reading tells how much is gone
+                pages = mmap.mmap(self._file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
+                return np.frombuffer(pages, np.uint8, offset=before)
         raw, at = np.empty(entry.nbytes, np.uint8), 0
         for start, length in entry.extents:
             self._file.seek(start)
-            self._file.readinto(raw[at : at + length])
+            got = self._file.readinto(raw[at : at + length])
+            if got != length:
+                raise CheckpointError(f"{self.path} shrank while open: {length - got} bytes of '{name}' are gone")
             at += length
         return raw
 

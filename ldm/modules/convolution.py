@@ -4,13 +4,12 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import initializer
 
 from ldm.device import on_ascend
 from ldm.modules.operators import in_turn, joined, pad, portions, reverse_first_three, swap_first_two, with_bias
-from ldm.modules.weight import initial_weight
+from ldm.modules.weight import initial_bias, initial_weight
 
 # Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
 # would need 1.2 GB at once.
@@ -57,8 +56,8 @@ class Conv2d(nn.Cell):
                       and (kernel_size, stride, self.padding, dtype) == (3, 1, (1,) * 4, mstype.float32))
         self.shape = out_channels, in_channels, kernel_size, kernel_size
         matrix = (out_channels * in_channels, 9) if self.tiled else (out_channels, in_channels * kernel_size**2)
-        self.weight = initial_weight(self.shape, dtype, self.shape if self.native else matrix)
-        self.bias = Parameter(initializer("zeros", (out_channels,), dtype)) if has_bias else None
+        self.weight = initial_weight(self.shape, self.shape if self.native else matrix, dtype)
+        self.bias = initial_bias(out_channels, dtype) if has_bias else None
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
 
     def construct(self, x: Tensor) -> Tensor:

@@ -19,15 +19,11 @@ from ldm.modules.operators import (
     with_bias,
     worth_a_graph,
 )
-from ldm.modules.weight import initial_weight
+from ldm.modules.weight import initial_bias, initial_weight
 
 # Of larger feature maps, in elements (256 MiB of float32), what lies between norm and convolution is made in row
 # blocks.
 MAP_ELEMENTS = 1 << 26
-
-
-def _zeros(shape: tuple[int, ...], dtype) -> Parameter:
-    return Parameter(initializer("zeros", shape, dtype))
 
 
 class Linear(nn.Cell):
@@ -46,8 +42,8 @@ class Linear(nn.Cell):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         matrix = out_channels, in_channels
-        self.weight = initial_weight(matrix + (1, 1) * as_convolution, dtype, matrix)
-        self.bias = _zeros((out_channels,), dtype) if has_bias else None
+        self.weight = initial_weight(matrix + (1, 1) * as_convolution, matrix, dtype)
+        self.bias = initial_bias(out_channels, dtype) if has_bias else None
 
     def construct(self, x: Tensor) -> Tensor:
         return _linear(x, self.weight, self.bias)
@@ -105,7 +101,7 @@ class GroupNorm(nn.Cell):
         super().__init__()
         self.groups, self.epsilon = groups, epsilon
         self.gamma = Parameter(initializer("ones", (channels,), mstype.float32))
-        self.beta = _zeros((channels,), mstype.float32)
+        self.beta = initial_bias(channels, mstype.float32)
         self.plain = on_ascend()
 
     def construct(self, x: Tensor) -> Tensor:
@@ -159,7 +155,7 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.epsilon, self.plain = epsilon, on_ascend()
         self.gamma = Parameter(initializer("ones", (channels,), mstype.float32))
-        self.beta = _zeros((channels,), mstype.float32)
+        self.beta = initial_bias(channels, mstype.float32)
 
     def construct(self, x: Tensor) -> Tensor:
         return _normed_rows(x, self.gamma, self.beta, self.epsilon, self.plain)

@@ -80,9 +80,10 @@ def test_messages_for_what_is_no_checkpoint(tmp_path):
         fails(path, word)
 
 
-def test_read_of_a_file_that_shrank(tmp_path):
+@pytest.mark.parametrize("count", [100_000, 1_000_000])  # copied, mapped
+def test_read_of_a_file_that_shrank(tmp_path, count):
     path = tmp_path / "x.ckpt"
-    save_arrays(path, {"w": np.ones(100_000, np.float32)})
+    save_arrays(path, {"w": np.ones(count, np.float32)})
     with open_checkpoint(path) as file:
         os.truncate(path, 100_000)
         with pytest.raises(CheckpointError, match="'w'"):
