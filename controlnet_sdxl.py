@@ -25,12 +25,12 @@ def main(argv: list | None = None) -> None:
     inputs, args.scale = open_inputs(args), guidance(args.guider, args.scale)
     schedule = config.model.schedule()
     sigmas = discretize(args.discretization, args.sampling_steps, schedule=schedule)
-    run, model = open_run(args, config, inputs)
+    run, model = open_run(args, config, inputs, timesteps_of(sigmas[:-1], schedule))
 
     def sample(denoise, batch):
         return SAMPLERS[args.sampler](denoise, starting_noise(batch.noise, sigmas[0]), sigmas, batch.fresh_noise)
 
-    run.make(model, inputs, timesteps_of(sigmas[:-1], schedule), sample)
+    run.make(model, inputs, sample)
 
 
 if __name__ == "__main__":

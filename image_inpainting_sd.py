@@ -25,7 +25,7 @@ def main(argv: list | None = None) -> None:
     start(args)
 
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps, args.strength)
-    run, model = open_run(args, config, inputs)
+    run, model = open_run(args, config, inputs, timesteps)
     schedule = model.diffusion.schedule
     reference = Reference(model, inputs, args, schedule.add_noise)
 
@@ -33,7 +33,7 @@ def main(argv: list | None = None) -> None:
         x = reference.start(batch.noise, timesteps[0], batch.noise)
         return sample_ddim(denoise, x, timesteps, schedule, reference.keep(batch.noise))
 
-    run.make(model, inputs, timesteps, sample, reference.finish)
+    run.make(model, inputs, sample, reference.finish)
 
 
 if __name__ == "__main__":

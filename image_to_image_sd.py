@@ -23,14 +23,14 @@ def main(argv: list | None = None) -> None:
     start(args)
 
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps, args.strength)
-    run, model = open_run(args, config, inputs)
+    run, model = open_run(args, config, inputs, timesteps)
     schedule = model.diffusion.schedule
     reference = Reference(model, inputs, args, schedule.add_noise)
 
     def sample(denoise, batch):
         return sample_ddim(denoise, reference.start(batch.noise, timesteps[0], batch.noise), timesteps, schedule)
 
-    run.make(model, inputs, timesteps, sample)
+    run.make(model, inputs, sample)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ def main(argv: list | None = None) -> None:
     start(args)
 
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps)
-    run, model = open_run(args, config, inputs)
+    run, model = open_run(args, config, inputs, timesteps)
     schedule = model.diffusion.schedule
-    run.make(model, inputs, timesteps, lambda denoise, batch: sample_ddim(denoise, batch.noise, timesteps, schedule))
+    run.make(model, inputs, lambda denoise, batch: sample_ddim(denoise, batch.noise, timesteps, schedule))
 
 
 if __name__ == "__main__":

@@ -48,14 +48,14 @@ def main(argv: list | None = None) -> None:
     inputs, args.scale = open_inputs(args), guidance(args.guider, args.scale)
     strength, schedule = 1.0 if args.ref_img is None else args.strength, config.model.schedule()
     sigmas = discretize(args.discretization, args.sampling_steps, strength, schedule)
-    run, model = open_run(args, config, inputs)
+    run, model = open_run(args, config, inputs, timesteps_of(sigmas[:-1], schedule))
     reference = Reference(model, inputs, args, add_noise)
 
     def sample(denoise, batch):
         x = reference.start(batch.noise, sigmas[0], starting_noise(batch.noise, sigmas[0]))
         return SAMPLERS[args.sampler](denoise, x, sigmas, batch.fresh_noise, reference.keep(batch.noise))
 
-    run.make(model, inputs, timesteps_of(sigmas[:-1], schedule), sample, reference.finish)
+    run.make(model, inputs, sample, reference.finish)
 
 
 if __name__ == "__main__":

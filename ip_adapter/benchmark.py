@@ -136,7 +136,8 @@ def prepare(setting: Setting, weights: Path, config: InferenceConfig, dtype: str
     if setting.task == "read":
         return 0.0, functools.partial(_read, setting)
     if setting.task == "command":
-        return 0.0, functools.partial(_command, setting, weights, flags)
+        graphs = tempfile.TemporaryDirectory()  # gone with the process; the first command compiles, others need not
+        return 0.0, functools.partial(_command, setting, weights, flags, graphs)
     begun = time.perf_counter()
     training = setting.task.startswith("train")
     extra = ExtraParts(controlnets=[None] * (setting.task == "controlnet"))
@@ -160,8 +161,8 @@ def physical_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _command(setting: Setting, weights: Path, flags: Sequence) -> tuple:
-    """A script from the shell to its pictures on disk: start, load, compile and steps."""
+def _command(setting: Setting, weights: Path, flags: Sequence, graphs: tempfile.TemporaryDirectory) -> tuple:
+    """A script from the shell to its pictures on disk: start, load, compile (or take what is compiled) and steps."""
     script = f"image_variation_{'sdxl' if setting.version.startswith('xl') else 'sd'}.py"
     latent = setting.batch_size, 4, setting.height // 8, setting.width // 8
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +173,8 @@ def _command(setting: Setting, weights: Path, flags: Sequence) -> tuple:
                  weights, "--img", picture, "--latents", noise, "--H", setting.height, "--W", setting.width,
                  "--sampling_steps", setting.steps, "--output_path", Path(folder) / "pictures", *flags]
         begun = time.perf_counter()
-        subprocess.run([str(word) for word in words], stdout=sys.stderr, check=True)
+        subprocess.run([str(word) for word in words], stdout=sys.stderr, check=True,
+                       env={**os.environ, "XDG_CACHE_HOME": graphs.name})
         seconds = time.perf_counter() - begun
     return seconds, seconds
 

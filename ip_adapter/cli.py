@@ -49,7 +49,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (-h lists all flags)\n")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse, but defaults are checked too, and an unknown flag is answered with the nearest known one."""
+        """As argparse, but defaults are checked too, and an unknown flag is answered with the nearest known one.
+
+        Of a parser that has a default for `own_process`, that says whether the flags are those of this process.
+        """
         for action in self._actions:
             if action.type and isinstance(action.default, (int, float)):  # a configuration file's, not yet checked
                 try:
@@ -62,6 +65,8 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(word.split("=")[0], flags, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             self.error(f"unknown flag {word}{hint}" if word.startswith("-") else f"unexpected argument {word!r}")
+        if "own_process" in known:
+            known.own_process = args is None
         return known
 
 
@@ -174,7 +179,7 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
     """
     s, parser = config.sampling, Parser(description)
     parser.set_defaults(family=family, default_samples=s.n_samples, default_size=(s.W, s.H),
-                        default_control_scale=s.control_scale)
+                        default_control_scale=s.control_scale, own_process=False)
     add = parser.add_argument
     add_picture(parser, "--img", config.img, "the picture that serves as a prompt")
     add("--prompt", default=s.prompt, help="what the picture should show")
@@ -204,7 +209,8 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
     add("--vae", type=existing_file, help="autoencoder to use instead of the checkpoint's")
     add_device_flags(parser, "0 on Ascend; on the CPU 1, but for SD-1.5's denoiser and "
                      "decoder where compiling them takes less time than it saves")
-    add("--graph_cache", type=Path, help="folder to keep compiled graphs in, and to take those of like runs from")
+    add("--graph_cache", type=Path, metavar="FOLDER", help="where compiled graphs are kept for later runs like this "
+        "one, or none (default: on the CPU ~/.cache/ip_adapter, on Ascend none)")
     add("--output_path", "--save_path", type=Path, default=Path(config.output_path), help="output folder")
     add("--skip_save", action="store_true", help="do not write the single pictures")
     add("--skip_grid", action="store_true", help="do not write the grid")

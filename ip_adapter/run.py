@@ -21,7 +21,7 @@ from ip_adapter.build import ImagePromptModel, build_model
 from ip_adapter.cli import default_weights, extra_parts
 from ip_adapter.config import InferenceConfig
 from ip_adapter.families import SDXL
-from ip_adapter.graph_cache import keep_run_graphs
+from ip_adapter.graph_cache import RunGraphs, run_graphs, use_graphs
 from ip_adapter.inputs import Hint, Inputs, timesteps_between
 from ip_adapter.pictures import file_sha256, grid, save_png
 from ldm.device import default_mode
@@ -74,14 +74,16 @@ class Run:
         args: parsed flags of `ip_adapter.cli.inference_parser`, the size filled in by `ip_adapter.inputs.open_inputs`.
         model_name: for the metadata.
         weights: the checkpoint used, for the metadata.
+        timesteps: those of the sampler.
         latent_channels: channels of a latent.
 
     Raises:
         UserError: prompt files or --latents do not fit.
     """
 
-    def __init__(self, args: argparse.Namespace, model_name: str, weights: Path, latent_channels: int = 4):
-        self.args, self.name, self.weights = args, model_name, weights
+    def __init__(self, args: argparse.Namespace, model_name: str, weights: Path, timesteps: np.ndarray,
+                 latent_channels: int = 4):
+        self.args, self.name, self.weights, self.timesteps = args, model_name, weights, timesteps
         self.pairs = list(zip(*prompt_pairs(args)))
         self.shape = (latent_channels, args.H // 8, args.W // 8)
         self.latents = None if args.latents is None else read_latents(args.latents, self.shape)
@@ -92,12 +94,24 @@ class Run:
             raise UserError(f"--latents {args.latents}: holds {len(self.latents)} starting points, expected "
                             f"{self.total} (--n_samples x --n_iter x prompts)")
         self.conditions: list = []
+        self.compiled, self.graphs = False, None
         self.made, self.steps, self.sampling_seconds, self.started = 0, 0, 0.0, time.time()
 
     def _default_samples(self) -> int:
         if self.latents is None:
             return self.args.default_samples
         return max(1, len(self.latents) // (len(self.pairs) * self.args.n_iter))
+
+    def plan_graphs(self, model: ImagePromptModel) -> None:
+        """Decide what runs as graphs, and which: those a run like this one has left, or new ones.
+
+        Raises:
+            UserError: they cannot be kept in the folder of --graph_cache.
+        """
+        graphs = run_graphs(model, self.args)
+        self.compiled = self._compiles(graphs)
+        if graphs and (self.compiled or self.args.ms_mode == 0 or self.args.graph_cache is not None):
+            self.graphs = use_graphs(graphs, self.args)
 
     def encode(self, model: ImagePromptModel, inputs: Inputs) -> None:
         """Find out what all pictures are asked for, once; then the encoders are no longer needed."""
@@ -117,40 +131,42 @@ class Run:
                          for i, seed in zip(indices, seeds)]
                 yield Batch(prompt, negative, sides, seeds, Tensor(np.stack(noise)))
 
-    def make(self, model: ImagePromptModel, inputs: Inputs, timesteps: np.ndarray, sample: Callable,
+    def make(self, model: ImagePromptModel, inputs: Inputs, sample: Callable,
              finish: Callable = lambda pictures: pictures) -> None:
         """Make and write all pictures of the run, then report; what does not change in a run is computed once.
 
         Args:
             model: patched, with a ControlNet for each hint; its UNet is gone after this.
             inputs: what it is given.
-            timesteps: those of the sampler.
             sample: (denoise, batch) -> iterator over the latents after each step: what the task is made of.
             finish: the last touch to a batch of (B, H, W, 3) uint8 pictures.
         """
         model.set_ip_scale(self.args.ip_scale)
-        controls = model.controls(inputs.hints, timesteps)
+        controls = model.controls(inputs.hints, self.timesteps)
         self._save_hints(inputs.hints)
         last = len(self.pairs) * self.args.n_iter - 1
-        if self._compiles(timesteps):
+        if self.compiled:
             model.diffusion.compile()
         for n, batch in enumerate(self.batches()):
             cond, uncond = (side.repeated(len(batch.seeds)) for side in batch.sides)
-            denoise = model.diffusion.denoiser(cond, uncond, self.args.scale, controls, shortcuts(self.args, timesteps))
-            latents = self.sample(sample(denoise, batch), len(timesteps))
+            left_out = shortcuts(self.args, self.timesteps)
+            denoise = model.diffusion.denoiser(cond, uncond, self.args.scale, controls, left_out)
+            latents = self.sample(sample(denoise, batch), len(self.timesteps))
             if n == last:  # what it needed in memory is for the autoencoder now
                 model.release_denoiser()
             self.save(finish(model.diffusion.decode(latents)), batch, inputs.shown())
+        if self.graphs:
+            self.graphs.keep()
         self.report()
 
-    def _compiles(self, timesteps: np.ndarray) -> bool:
-        """Whether compiling denoiser and decoder saves time, and no flag says what to do."""
+    def _compiles(self, graphs: RunGraphs | None) -> bool:
+        """Whether denoiser and decoder as graphs save time, and no flag says what to do."""
         if self.args.ms_mode is not None or default_mode() == 0 or not self.args.family.compiled:
             return False
-        if self.args.graph_cache:  # kept graphs are told apart by flags, so what is compiled may depend on those only
+        if graphs and (graphs.kept or self.args.graph_cache is not None):
             return True
         sides = 2 if self.args.scale > 1 else 1
-        return self.total * sides * math.prod(self.shape[1:]) * len(timesteps) >= COMPILED_POSITIONS
+        return self.total * sides * math.prod(self.shape[1:]) * len(self.timesteps) >= COMPILED_POSITIONS
 
     def sample(self, steps: Iterable[Tensor], total: int) -> Tensor:
         """Go through a sampler's steps under a progress bar; returns the last one, finished."""
@@ -210,19 +226,18 @@ class Run:
                  self.made / seconds)
 
 
-def open_run(args: argparse.Namespace, config: InferenceConfig, inputs: Inputs) -> tuple:
+def open_run(args: argparse.Namespace, config: InferenceConfig, inputs: Inputs, timesteps: np.ndarray) -> tuple:
     """Plan the run, build its model and encode what it is asked for: (Run, ImagePromptModel).
 
     Raises:
         UserError: flags or files do not fit together; nothing large is read before the flags are found good.
     """
     extra, weights = extra_parts(args), default_weights(args, config, args.family)
-    run = Run(args, config.name, weights)
+    run = Run(args, config.name, weights, timesteps)
     model = build_model(weights, config.model, args.dtype, extra, staged=True, family=args.family)
     if args.family is SDXL:
         model.diffusion.sizes = picture_sizes(args)
-    if args.graph_cache:
-        keep_run_graphs(args.graph_cache, model, args)
+    run.plan_graphs(model)
     run.encode(model, inputs)
     return run, model
 

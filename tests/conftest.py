@@ -29,6 +29,14 @@ RNG = np.random.default_rng(0)
 start_device("CPU", 1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def graphs_of_these_tests(tmp_path_factory):
+    """The user's compiled graphs are neither used nor added to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("graphs")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def standins(tmp_path_factory) -> dict:
     """The published files of SD-1.5, small, by the merge tool's flags."""

@@ -1,6 +1,8 @@
 """image_variation_sd.py end to end: the same pictures as diffusers, repeatable, and clear about mistakes."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,7 +82,7 @@ def test_float16_stays_close(merged, tmp_path, outcome):
 
 
 @pytest.mark.slow
-def test_demo_in_graph_mode(tmp_path):
+def test_demo_in_graph_mode(tmp_path, monkeypatch):
     """Compiled, from kept graphs, with kept graphs of another kind of run at hand, and operator by operator."""
     def made(folder, *flags):
         result = shell("python", ROOT / "image_variation_sd.py", "--version", "demo", *SMALL, "--n_samples", "1",
@@ -88,13 +90,17 @@ def test_demo_in_graph_mode(tmp_path):
         assert result.returncode == 0, result.stderr
         return pictures(tmp_path / folder)
 
-    graphs = ["--ms_mode", "0", "--graph_cache", "graphs"]
-    compiled, = made("compiled", *graphs)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "graphs").rglob("*.mindir")}
+    def kept():
+        return {path: path.stat().st_mtime_ns for path in cache.rglob("*.mindir")}
+
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    compiled, = made("compiled", "--ms_mode", "0")
+    before = kept()
     assert len(before) > 3
-    again, = made("again", *graphs)
-    plain, = made("plain", *graphs, "--ip_scale", "0", "--seed", "7")
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "graphs").rglob("*.mindir")}
+    again, = made("again", "--ms_mode", "0")
+    plain, = made("plain", "--ms_mode", "0", "--ip_scale", "0", "--seed", "7")
+    assert before == kept()
     np.testing.assert_array_equal(again, compiled)
     assert psnr(compiled, made("pynative", "--ms_mode", "1")[0]) > 70
     assert psnr(plain, made("pynative_plain", "--ms_mode", "1", "--ip_scale", "0", "--seed", "7")[0]) > 70
@@ -104,13 +110,16 @@ def test_demo_in_graph_mode(tmp_path):
 def test_graphs_are_compiled_where_that_saves_time(merged, tmp_path, outcome, monkeypatch):
     compiled, compile_ = [], LatentDiffusion.compile
     monkeypatch.setattr(LatentDiffusion, "compile", lambda self: compiled.append(compile_(self)))
-    monkeypatch.setattr(run, "keep_run_graphs", lambda *_: None)
-    for positions, flags in ((1, ()), (1 << 30, ()), (1, ("--ms_mode", "1")), (1 << 30, ("--graph_cache", "graphs"))):
+    monkeypatch.setattr(run, "use_graphs", lambda *_: None)
+    few = 1 << 30  # positions to compile for, more than are made
+    for positions, kept, flags in ((1, False, ()), (few, False, ()), (1, True, ("--ms_mode", "1")), (few, True, ()),
+                                   (few, False, ("--graph_cache", "graphs"))):
         monkeypatch.setattr(run, "COMPILED_POSITIONS", positions)
+        monkeypatch.setattr(run, "run_graphs", lambda *_, kept=kept: SimpleNamespace(kept=kept))
         status, said = outcome(main, "--ckpt_path", merged, "--img", DATA / "input.png", *SMALL, "--n_samples", "1",
                                *flags, "--output_path", tmp_path / "made")
         assert status == 0, said
-    assert len(compiled) == 2
+    assert len(compiled) == 3
     graph, *others = pictures(tmp_path / "made")
     assert all(psnr(graph, other) > 70 for other in others)
 
