@@ -11,6 +11,7 @@ from mindspore.common.initializer import initializer
 from ldm.device import on_ascend
 from ldm.modules.convolution import Conv2d
 from ldm.modules.operators import (
+    enlarged,
     group_norm,
     layer_norm,
     portions,
@@ -215,10 +216,10 @@ class Upsample(nn.Cell):
     def construct(self, x: Tensor, height: int, width: int) -> Tensor:
         rows = rows_of(x.shape[0] * x.shape[1] * width * height // x.shape[2], x.shape[2])
         if rows == x.shape[2] or height != 2 * x.shape[2]:
-            return self.conv(ops.interpolate(x, size=(height, width), mode="nearest"))
+            return self.conv(enlarged(x, height, width))
         blocks = []
         for first, count, low, end in row_blocks(x.shape[2], rows):
-            block = ops.interpolate(ops.narrow(x, 2, low, end - low), size=(2 * (end - low), width), mode="nearest")
+            block = enlarged(ops.narrow(x, 2, low, end - low), 2 * (end - low), width)
             blocks.append(ops.narrow(self.conv(block), 2, 2 * (first - low), 2 * count))
         return ops.concat(blocks, 2)
 

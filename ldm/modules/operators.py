@@ -153,6 +153,25 @@ def add_to_maps(x: Tensor, values: Tensor) -> Tensor:
     return maps.reshape(x.shape)
 
 
+def enlarged(x: Tensor, height: int, width: int) -> Tensor:
+    """Nearest-neighbour enlargement of (B, C, H, W); to twice the size on the CPU as an exact product with ones and
+    zeros, in a quarter of the time of MindSpore's operator, which runs on one thread."""
+    rows = _twice(x.shape[2], x.shape[3], height, width)
+    if rows is None:
+        return ops.interpolate(x, size=(height, width), mode="nearest")
+    y = ops.MatMul()(x.reshape((-1, x.shape[3])), rows.astype(x.dtype))
+    return y.reshape((x.shape[0], x.shape[1], height, width))
+
+
+@ops.constexpr
+@functools.lru_cache(None)
+def _twice(height: int, width: int, new_height: int, new_width: int) -> Tensor | None:
+    """(W, 4 W): from a row to two equal ones that have its numbers twice; None if a size is another, and on Ascend."""
+    if on_ascend() or (new_height, new_width) != (2 * height, 2 * width):
+        return None
+    return Tensor(np.tile(np.repeat(np.eye(width, dtype=np.float32), 2, 1), 2))
+
+
 def centred(rows: Tensor, epsilon: float) -> tuple:
     """(R, N) -> (R, N) less the mean of each row, and (R, 1) their standard deviations with epsilon in the variance."""
     count = rows.shape[1]
