@@ -117,7 +117,7 @@ def _key(model: ImagePromptModel, args: argparse.Namespace) -> str:
     weights = [[repr(network.config)] + [(name, parameter.shape, str(parameter.dtype))
                                          for name, parameter in network.parameters_and_names()]
                for network in networks]
-    key = hashlib.sha256(json.dumps([ms.__version__, flags, given, args.scale > 1, weights]).encode())
+    key = hashlib.sha256(json.dumps([ms.__version__, on_ascend(), flags, given, args.scale > 1, weights]).encode())
     for path in sorted(path for package in ("ldm", "gm", "ip_adapter") for path in (ROOT / package).rglob("*.py")):
         key.update(path.read_bytes())
     return key.hexdigest()[:16]
