@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ DATA_FLAGS = {"img", "prompt", "negative_prompt", "data_path", "negative_data_pa
               "graph_cache"}
 # Where any of these is given, the number of steps decides which graph is called when.
 STEP_FLAGS = "guidance_start", "guidance_end", "deep_every", "control_image"
-# So many kinds of runs are kept, those used last: 45 MB each for SD-1.5. What a stopped run has left goes after a day.
+# So many kinds of runs are kept, those used last: 45 MB each for SD-1.5. What a killed run has left goes after a day.
 KEPT, LEFT_SECONDS = 10, 86400
 
 
@@ -43,12 +44,17 @@ class RunGraphs:
 
     def __init__(self, folder: Path, model: ImagePromptModel, args: argparse.Namespace):
         self.path = folder / _key(model, args)
-        self.new = folder / f"{self.path.name}-{os.getpid()}"
+        self.unfinished: tempfile.TemporaryDirectory | None = None  # removed when Python exits
 
     @property
     def kept(self) -> bool:
         """Whether a run like this one has left its graphs."""
         return self.path.is_dir()
+
+    @property
+    def new(self) -> Path:
+        """Where graphs are while they are compiled."""
+        return Path(self.unfinished.name) / "graphs"
 
     def use(self) -> None:
         """From now on MindSpore takes the kept graphs, or keeps those it compiles.
@@ -58,20 +64,22 @@ class RunGraphs:
         """
         if self.kept:
             os.utime(self.path)
-        else:
-            self.new.mkdir(parents=True)
-        keep_graphs(self.path if self.kept else self.new)
+            keep_graphs(self.path)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.unfinished = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f"{self.path.name}-")
+        self.new.mkdir()
+        keep_graphs(self.new)
 
     def keep(self) -> None:
         """Let later runs use what this one has compiled, now that it is complete; forget the oldest."""
-        if not self.new.is_dir():
+        if self.unfinished is None:
             return
-        if self.kept:  # by another run, at the same time
-            shutil.rmtree(self.new)
-        else:
+        if not self.kept:  # they are where another run was faster
             self.new.rename(self.path)
+        self.unfinished.cleanup()
         folders = [(path.stat().st_mtime, path) for path in self.path.parent.iterdir()
-                   if re.fullmatch(r"[0-9a-f]{16}(-\d+)?", path.name)]
+                   if re.fullmatch(r"[0-9a-f]{16}(-\w+)?", path.name)]
         whole = sorted((pair for pair in folders if "-" not in pair[1].name), reverse=True)
         left = [(used, path) for used, path in folders if "-" in path.name and used < time.time() - LEFT_SECONDS]
         for _, path in whole[KEPT:] + left:
