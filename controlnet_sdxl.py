@@ -8,15 +8,16 @@ from gm.denoiser import starting_noise, timesteps_of
 from gm.discretizer import discretize
 from gm.guider import guidance
 from gm.sampler import SAMPLERS
-from ip_adapter.cli import INFERENCE_SDXL, add_edm_flags, config_from, execute, inference_parser, start
+from ip_adapter.cli import config_from, execute
 from ip_adapter.families import SDXL
+from ip_adapter.inference_cli import INFERENCE_SDXL, add_edm_flags, inference_parser, start
 from ip_adapter.inputs import open_inputs
 from ip_adapter.run import open_run
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, make the pictures."""
-    version, config = config_from(argv, versions=INFERENCE_SDXL)
+    version, config = config_from(argv, INFERENCE_SDXL)
     parser = inference_parser(__doc__, version, config, controlled=True, family=SDXL)
     add_edm_flags(parser, config)
     args = parser.parse_args(argv)

@@ -4,7 +4,8 @@ python image_inpainting_sd.py --img girl.png --ref_img image.png --ref_mask mask
 """
 from __future__ import annotations
 
-from ip_adapter.cli import add_mask_flags, add_picture, config_from, execute, in_range, inference_parser, start
+from ip_adapter.cli import config_from, execute, in_range
+from ip_adapter.inference_cli import INFERENCE_SD, add_mask_flags, add_picture, inference_parser, start
 from ip_adapter.inputs import open_inputs
 from ip_adapter.reference import Reference
 from ip_adapter.run import open_run
@@ -14,7 +15,7 @@ from ldm.schedule import leading_timesteps
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, make the pictures."""
-    version, config = config_from(argv)
+    version, config = config_from(argv, INFERENCE_SD)
     parser = inference_parser(__doc__, version, config)
     add_picture(parser, "--ref_img", config.ref_img, "the picture to repaint; its size is that of the output")
     add_picture(parser, "--ref_mask", config.ref_mask, "what to repaint: white; black is kept")

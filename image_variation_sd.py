@@ -4,7 +4,8 @@ python image_variation_sd.py --img photo.jpg --prompt "wearing a hat" --ip_scale
 """
 from __future__ import annotations
 
-from ip_adapter.cli import config_from, execute, inference_parser, start
+from ip_adapter.cli import config_from, execute
+from ip_adapter.inference_cli import INFERENCE_SD, inference_parser, start
 from ip_adapter.inputs import open_inputs
 from ip_adapter.run import open_run
 from ldm.ddim import sample_ddim
@@ -13,7 +14,7 @@ from ldm.schedule import leading_timesteps
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, make the pictures."""
-    version, config = config_from(argv)
+    version, config = config_from(argv, INFERENCE_SD)
     args = inference_parser(__doc__, version, config).parse_args(argv)
     start(args)
 

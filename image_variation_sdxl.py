@@ -9,18 +9,9 @@ from gm.denoiser import add_noise, starting_noise, timesteps_of
 from gm.discretizer import discretize
 from gm.guider import guidance
 from gm.sampler import SAMPLERS
-from ip_adapter.cli import (
-    INFERENCE_SDXL,
-    add_edm_flags,
-    add_mask_flags,
-    config_from,
-    execute,
-    existing_file,
-    in_range,
-    inference_parser,
-    start,
-)
+from ip_adapter.cli import config_from, execute, existing_file, in_range
 from ip_adapter.families import SDXL
+from ip_adapter.inference_cli import INFERENCE_SDXL, add_edm_flags, add_mask_flags, inference_parser, start
 from ip_adapter.inputs import open_inputs
 from ip_adapter.reference import Reference
 from ip_adapter.run import open_run
@@ -29,7 +20,7 @@ from ldm.errors import UserError
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, make the pictures."""
-    version, config = config_from(argv, versions=INFERENCE_SDXL)
+    version, config = config_from(argv, INFERENCE_SDXL)
     parser = inference_parser(__doc__, version, config, family=SDXL)
     add_edm_flags(parser, config)
     parser.add_argument("--ref_img", type=existing_file, help="a picture to change; its size is that of the output")

@@ -32,7 +32,7 @@ def training_script(description: str, family: Family, argv: list | None = None) 
         argv: the words of the command line, None for those of this process.
     """
     versions = TRAINING[family.name]
-    version, config = config_from(argv, TrainingConfig, versions)
+    version, config = config_from(argv, versions, TrainingConfig)
     args = training_parser(description, version, config, versions).parse_args(argv)
     train_adapter(args, config, family, start_training(args, family.finetuned))
 

@@ -19,7 +19,7 @@ class Reference:
     Args:
         model: ready to encode pictures.
         inputs: of the run.
-        args: parsed flags; `strength`, and with a mask those of `ip_adapter.cli.add_mask_flags`.
+        args: parsed flags; `strength`, and with a mask those of `ip_adapter.inference_cli.add_mask_flags`.
         add_noise: (clean, noise, level) -> clean as noisy as the sampler's level has it.
     """
 

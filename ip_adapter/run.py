@@ -18,10 +18,10 @@ from tqdm import tqdm
 from gm.conditioner import Sizes
 from ip_adapter import __version__
 from ip_adapter.build import ImagePromptModel, build_model
-from ip_adapter.cli import default_weights, extra_parts
 from ip_adapter.config import InferenceConfig
 from ip_adapter.families import SDXL
 from ip_adapter.graph_cache import RunGraphs, run_graphs, use_graphs
+from ip_adapter.inference_cli import default_weights, extra_parts
 from ip_adapter.inputs import Hint, Inputs, timesteps_between
 from ip_adapter.pictures import file_sha256, grid, save_png
 from ldm.device import default_mode
@@ -71,7 +71,8 @@ class Run:
     """Plans the pictures of a run, counts its time and writes what it makes.
 
     Args:
-        args: parsed flags of `ip_adapter.cli.inference_parser`, the size filled in by `ip_adapter.inputs.open_inputs`.
+        args: parsed flags of `ip_adapter.inference_cli.inference_parser`, the size filled in by
+            `ip_adapter.inputs.open_inputs`.
         model_name: for the metadata.
         weights: the checkpoint used, for the metadata.
         timesteps: those of the sampler.

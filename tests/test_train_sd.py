@@ -203,7 +203,7 @@ def test_ctrl_c_saves_and_says_so(words, tmp_path):
 
 
 def test_every_setting_is_a_flag():
-    version, config = config_from([], TrainingConfig, TRAINING[SD15.name])
+    version, config = config_from([], TRAINING[SD15.name], TrainingConfig)
     args = training_parser("", version, config, TRAINING[SD15.name]).parse_args(
         ["--data_path", "x", "--per_batch_size", "3", "--random_crop", "True", "--start_learning_rate", "1e-5"])
     assert (args.train_batch_size, args.random_crop, args.start_learning_rate) == (3, True, 1e-5)

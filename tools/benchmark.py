@@ -35,12 +35,9 @@ from ip_adapter.benchmark import (  # noqa: E402
 )
 from ip_adapter.benchmark_rows import COLUMNS, Side, operator_lines, plot, table_line  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
-    DEMOS,
-    EITHER,
     Parser,
     add_config_flags,
     add_device_flags,
-    add_shortcut_flags,
     config_from,
     execute,
     existing_file,
@@ -51,6 +48,7 @@ from ip_adapter.cli import (  # noqa: E402
 )
 from ip_adapter.config import ROOT, InferenceConfig, ModelConfig  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
+from ip_adapter.inference_cli import DEMOS, EITHER, add_shortcut_flags  # noqa: E402
 from ip_adapter.merge import merge  # noqa: E402
 from ip_adapter.operator_profile import operator_times  # noqa: E402
 from ip_adapter.run import shortcuts  # noqa: E402
@@ -68,7 +66,7 @@ SWEPT = {"size": ("H", "W"), **{flag: (flag,) for flag in ("batch_size", "steps"
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, time every task in processes of its own, print the table."""
-    version, config = config_from(argv, versions=EITHER)
+    version, config = config_from(argv, EITHER)
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, action="append", help="what to time, may be repeated (default: all)")

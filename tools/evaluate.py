@@ -12,12 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
-    EITHER,
     Parser,
     add_config_flags,
     add_device_flags,
     config_from,
-    default_weights,
     execute,
     existing_file,
     in_range,
@@ -28,12 +26,13 @@ from ip_adapter.cli import (  # noqa: E402
 from ip_adapter.clip_score import open_scorer, own_scorer  # noqa: E402
 from ip_adapter.dataset import ImageTextDataset  # noqa: E402
 from ip_adapter.evaluation import Evaluation  # noqa: E402
+from ip_adapter.inference_cli import EITHER, default_weights  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, make and score the pictures, print the table."""
-    version, config = config_from(argv, versions=EITHER)
+    version, config = config_from(argv, EITHER)
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder with picture prompts and img_txt.csv (columns dir,text)")

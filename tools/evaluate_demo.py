@@ -19,7 +19,6 @@ from tqdm import tqdm  # noqa: E402
 
 from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
-    DEMOS,
     Parser,
     add_config_flags,
     add_device_flags,
@@ -32,13 +31,14 @@ from ip_adapter.cli import (  # noqa: E402
 )
 from ip_adapter.config import InferenceConfig  # noqa: E402
 from ip_adapter.demo_evaluation import TASKS, DemoJudge, figure_curves  # noqa: E402
+from ip_adapter.inference_cli import DEMOS  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, judge the checkpoint or, over the steps of a training, each of several."""
-    version, config = config_from(argv, versions=DEMOS)
+    version, config = config_from(argv, DEMOS)
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for figures.json and a sheet of pictures for each task")

@@ -23,7 +23,7 @@ from ldm.errors import UserError  # noqa: E402
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, train the part, save the whole model."""
-    part, config = config_from(argv, TrainingConfig, TRAINING_DEMO, "--part")
+    part, config = config_from(argv, TRAINING_DEMO, TrainingConfig, "--part")
     parser = training_parser(__doc__, part, config, TRAINING_DEMO, "--part")
     parser.add_argument("--vae", type=existing_file, help="checkpoint with the autoencoder, if it is another one")
     parser.add_argument("--open_clip_vit", type=existing_file,

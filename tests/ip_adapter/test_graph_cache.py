@@ -8,8 +8,9 @@ import pytest
 
 from ip_adapter import graph_cache
 from ip_adapter.build import build_model
-from ip_adapter.cli import config_from, inference_parser
+from ip_adapter.cli import config_from
 from ip_adapter.graph_cache import RunGraphs, run_graphs, use_graphs
+from ip_adapter.inference_cli import INFERENCE_SD, inference_parser
 from ldm.errors import UserError
 from tests.conftest import DATA
 
@@ -17,7 +18,7 @@ from tests.conftest import DATA
 @pytest.fixture(scope="module")
 def graphs_of(merged):
     """(folder, flags) -> the graphs of such a run."""
-    _, config = config_from(["--ckpt_path", str(merged)])
+    _, config = config_from(["--ckpt_path", str(merged)], INFERENCE_SD)
     parser, model = inference_parser("", "1.5", config), build_model(merged, config.model)
 
     def graphs(folder, *words) -> RunGraphs | None:
@@ -103,7 +104,7 @@ def test_a_folder_that_cannot_be_written_to(graphs_of, merged, tmp_path, monkeyp
     """Is the user's mistake where it was asked for, and no cache otherwise."""
     (tmp_path / "ip_adapter").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _, config = config_from(["--ckpt_path", str(merged)])
+    _, config = config_from(["--ckpt_path", str(merged)], INFERENCE_SD)
     args = inference_parser("", "1.5", config).parse_args(["--img", str(DATA / "input.png")])
     assert use_graphs(graphs_of(None), args) is None
     args.graph_cache = tmp_path / "ip_adapter"
