@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import pytest
@@ -26,7 +29,18 @@ MPI_FLAGS = ["--allow-run-as-root", "--oversubscribe"]
 
 RNG = np.random.default_rng(0)
 
+# Tests side by side (-n 2) have a core each: networks this small take twice as long on threads that wait for cores.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+
 start_device("CPU", 1)
+
+
+@pytest.fixture(autouse=True)
+def operator_by_operator():
+    """A test finds PyNative, also after one that ran a training, which leaves graph mode."""
+    start_device("CPU", 1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -114,8 +128,23 @@ def outcome(capfd):
 def shell(*words, cwd) -> subprocess.CompletedProcess:
     """Run a command in a process of its own, with this Python and the mpirun beside it; also as root, on few cores."""
     here = {"python": [sys.executable], "mpirun": [Path(sys.executable).parent / "mpirun", *MPI_FLAGS]}
-    words = [str(part) for word in words for part in here.get(word, [word])]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
+    with every_core() if "mpirun" in words else nullcontext():
+        words = [str(part) for word in words for part in here.get(word, [word])]
+        return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+@contextmanager
+def every_core() -> Iterator[None]:
+    """Jobs of several processes that are started here may use all cores, not only that of the test."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count()))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def arrays(path) -> dict:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ip_adapter.drawn_world import draw, random_scene
-from tests.conftest import MPI_FLAGS, ROOT, arrays, log_of, narrow_xl
+from tests.conftest import MPI_FLAGS, ROOT, arrays, every_core, log_of, narrow_xl
 from tests.test_train_sd import parameters
 
 pytestmark = pytest.mark.slow
@@ -49,8 +49,9 @@ def words_xl(merged_xl, tmp_path):
 
 def start(*words) -> subprocess.Popen:
     """In a session of its own, so that nothing of the job can outlive the test."""
-    return subprocess.Popen([str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True)
+    with every_core():
+        return subprocess.Popen([str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen, seconds: int = 600) -> tuple:
