@@ -8,7 +8,16 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
-from ldm.modules.operators import in_turn, joined, pad, portions, reverse_first_three, swap_first_two, with_bias
+from ldm.modules.operators import (
+    add_to_maps,
+    in_turn,
+    joined,
+    pad,
+    portions,
+    reverse_first_three,
+    swap_first_two,
+    with_bias,
+)
 from ldm.modules.weight import initial_bias, initial_weight
 
 # Largest column matrix built at a time, in elements (64 MiB of float32). A 3x3 convolution of 128 channels at 512x512
@@ -60,10 +69,22 @@ class Conv2d(nn.Cell):
         self.bias = initial_bias(out_channels, dtype) if has_bias else None
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=self.padding, stride=stride)
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, shift: Tensor = None) -> Tensor:
+        """Convolve.
+
+        Args:
+            x: (B, C, H, W).
+            shift: (B, C') added to the maps as well, at no cost beside the bias; or None.
+
+        Returns:
+            (B, C', H', W').
+        """
+        bias = self.bias if shift is None else None
         if self.native:
-            return with_bias(self.conv(x, self.weight), self.bias)
-        return convolve(x, self.weight, self.bias, self.shape, self.stride, self.padding, self.tiled)
+            y = with_bias(self.conv(x, self.weight), bias)
+        else:
+            y = convolve(x, self.weight, bias, self.shape, self.stride, self.padding, self.tiled)
+        return y if shift is None else add_to_maps(y, with_bias(shift, self.bias))
 
 
 # What follows are functions, not methods, for the time a graph takes to compile: layers of equal shapes share a

@@ -15,7 +15,8 @@ from ldm.modules.operators import (
     group_norm,
     layer_norm,
     portions,
-    spread,
+    raised,
+    rescaled,
     swap_first_two,
     with_bias,
     worth_a_graph,
@@ -122,12 +123,8 @@ class GroupNorm(nn.Cell):
     def scaled(self, block: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         """Some rows of x, (B, C, R, W), with what `affine` gave; the dtype stays."""
         maps = block.astype(mstype.float32).reshape((gain.shape[0], -1))
-        maps = maps * self._along_rows(gain, maps.shape[1]) + self._along_rows(shift, maps.shape[1])
+        maps = maps * gain + shift if self.plain else rescaled(maps, gain, shift)
         return maps.reshape(block.shape).astype(block.dtype)
-
-    def _along_rows(self, column: Tensor, count: int) -> Tensor:
-        """(R, 1) -> (R, count); without a product on Ascend, whose products round float32 to eleven bits."""
-        return ops.broadcast_to(column, (column.shape[0], count)) if self.plain else spread(column, count)
 
     def _total(self, x: Tensor, rows: int, mean: Tensor, squared: bool) -> Tensor:
         """(B groups, 1): the sum over each group of x - mean, or of its square."""
@@ -135,7 +132,7 @@ class GroupNorm(nn.Cell):
         for first in range(0, x.shape[2], rows):
             block = ops.narrow(x, 2, first, min(rows, x.shape[2] - first)).astype(mstype.float32)
             block = block.reshape((mean.shape[0], -1))
-            block = block - self._along_rows(mean, block.shape[1])
+            block = block - mean if self.plain else raised(block, -mean)
             total = total + (block * block if squared else block).sum(-1, keepdims=True)
         return total
 

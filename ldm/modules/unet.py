@@ -9,7 +9,7 @@ from mindspore import dtype as mstype
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.convolution import Conv2d
 from ldm.modules.layers import GroupNorm, Linear, SiLU, Upsample, silu, timestep_embedding
-from ldm.modules.operators import add_to_maps, repeated_like
+from ldm.modules.operators import repeated_like
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class ResBlock(nn.Cell):
     def construct(self, x: Tensor, emb: Tensor) -> Tensor:
         """(n B, C, H, W) and (B, E) -> (n B, C', H, W)."""
         # Layer by layer: a SequentialCell takes a graph longer to compile than what is in it.
-        y = self.in_layers[2](silu(self.in_layers[0](x)))
-        y = add_to_maps(y, repeated_like(self.emb_layers[1](silu(emb)), x))
+        shift = repeated_like(self.emb_layers[1](silu(emb)), x)
+        y = self.in_layers[2](silu(self.in_layers[0](x)), shift)
         return self.skip_connection(x) + self.out_layers[3](silu(self.out_layers[0](y)))
 
 
