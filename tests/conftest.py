@@ -29,10 +29,11 @@ MPI_FLAGS = ["--allow-run-as-root", "--oversubscribe"]
 
 RNG = np.random.default_rng(0)
 
-# Tests side by side (-n 2) have a core each: networks this small take twice as long on threads that wait for cores.
+# Tests side by side (-n 2) share the cores out: networks this small take twice as long on threads that wait for cores.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+    cores, number = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    own = cores[number::int(os.environ["PYTEST_XDIST_WORKER_COUNT"])] or [cores[number % len(cores)]]
+    os.sched_setaffinity(0, own)
 
 start_device("CPU", 1)
 
