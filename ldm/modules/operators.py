@@ -191,7 +191,7 @@ def centred(rows: Tensor, epsilon: float) -> tuple:
     """(R, N) -> (R, N) less the mean of each row, and (R, 1) their standard deviations with epsilon in the variance."""
     count = rows.shape[1]
     average = ops.fill(rows.dtype, (count, 1), 1 / count)
-    rows = rows - spread(ops.MatMul()(rows, average), count)
+    rows = raised(rows, -ops.MatMul()(rows, average))
     return rows, ops.sqrt(ops.MatMul()(rows * rows, average) + epsilon)
 
 
@@ -208,10 +208,7 @@ class NormedGroups(nn.Cell):
     def construct(self, x: Tensor, gamma: Tensor, beta: Tensor, groups: int, epsilon: float) -> tuple:
         """As `group_norm` has them -> that; (B groups, N) x less its means; and (B groups, 1) deviations."""
         batch, channels, height, width = x.shape
-        rows = x.reshape((batch * groups, channels // groups * height * width))
-        average = ops.fill(x.dtype, (rows.shape[1], 1), 1 / rows.shape[1])
-        rows = raised(rows, -ops.MatMul()(rows, average))
-        deviations = ops.sqrt(ops.MatMul()(rows * rows, average) + epsilon)
+        rows, deviations = centred(x.reshape((batch * groups, channels // groups * height * width)), epsilon)
         gain = _of_pictures(gamma, batch) / _of_channels(deviations, channels // groups)
         y = rescaled(rows.reshape((batch * channels, height * width)), gain, _of_pictures(beta, batch))
         return y.reshape(x.shape), rows, deviations
@@ -226,13 +223,14 @@ class NormedGroups(nn.Cell):
         _, rows, deviations = out
         batch, channels, height, width = x.shape
         group = channels // groups
+        by_channel = _of_channels(deviations, group)
         dy, ones = dout[0].reshape((batch * channels, height * width)), ops.ones((height * width, 1), x.dtype)
         sums = ops.MatMul()(dy, ones)
-        products = ops.MatMul()(dy * rows.reshape(dy.shape), ones) / _of_channels(deviations, group)
+        products = ops.MatMul()(dy * rows.reshape(dy.shape), ones) / by_channel
         gains, average = _of_pictures(gamma, batch), ops.fill(x.dtype, (group, 1), 1 / (group * height * width))
         mean_g = ops.MatMul()((gains * sums).reshape((-1, group)), average)
         mean_gz = ops.MatMul()((gains * products).reshape((-1, group)), average)
-        dx = rescaled(dy, gains / _of_channels(deviations, group), -_of_channels(mean_g / deviations, group))
+        dx = rescaled(dy, gains / by_channel, -_of_channels(mean_g / deviations, group))
         dx = dx.reshape(rows.shape) - rescaled(rows, mean_gz / (deviations * deviations), ops.zeros_like(mean_gz))
         ones = ops.ones((1, batch), x.dtype)
         dgamma, dbeta = (ops.MatMul()(ones, part.reshape((batch, channels))) for part in (products, sums))
