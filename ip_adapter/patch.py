@@ -41,7 +41,7 @@ def unpatch_cross_attention(unet: nn.Cell) -> None:
         plain = CrossAttention(patched.to_q.in_channels, patched.attend.num_heads, patched.to_k.in_channels,
                                patched.to_q.weight.dtype)
         plain.to_q, plain.to_k, plain.to_v = patched.to_q, patched.to_k, patched.to_v
-        plain.to_out, plain.attend = patched.to_out, patched.attend
+        plain.to_out, plain.attend, plain.inlined = patched.to_out, patched.attend, patched.inlined
         block.attn2 = plain
     unet.update_parameters_name()
 

@@ -327,6 +327,9 @@ def recompute_blocks(unet: UNetModel) -> None:
     """
     for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks):
         block.recompute()
+    for _, cell in unet.cells_and_names():
+        if hasattr(cell, "inlined"):  # MindSpore finds a cycle where a shared subgraph is computed again
+            cell.inlined = True
 
 
 def learning_rate(step: int, base: float, warmup_steps: int, total_steps: int, end: float | None = None) -> float:

@@ -11,8 +11,8 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
-from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu
-from ldm.modules.operators import in_turn, portions, repeated_like, swap_inner, weighted_values
+from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu, halves, linear
+from ldm.modules.operators import in_turn, portions, repeated_like, shared, swap_inner, weighted_values
 
 # Largest score matrix held at a time where there is no fused operator, in elements (16 MiB of float32): it stays in a
 # last cache of 32 MiB between products and softmax.
@@ -48,17 +48,18 @@ class Attention(nn.Cell):
         Returns:
             (B, N, h * d), dtype of q.
         """
-        q, widest = _scaled(q, self.num_heads), FUSED_HEAD_SIZE * self.num_heads
-        if self.fused and mask is None and q.dtype == mstype.float16 and q.shape[-1] <= widest:
-            return fused_attention(q, k, v, self.num_heads)
-        return by_portions(q, k, v, mask, self.num_heads)
+        return attend(q, k, v, mask, self.num_heads, self.fused)
 
 
 # Functions, not methods, for the time a graph takes to compile: all layers of equal shapes share them.
 
 
-def _scaled(q: Tensor, num_heads: int) -> Tensor:
-    return q * (1.0 / math.sqrt(q.shape[-1] // num_heads))
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_heads: int, fused: bool) -> Tensor:
+    """What `Attention` gives; `fused` is whether there is such an operator."""
+    q = q * (1.0 / math.sqrt(q.shape[-1] // num_heads))
+    if fused and mask is None and q.dtype == mstype.float16 and q.shape[-1] <= FUSED_HEAD_SIZE * num_heads:
+        return fused_attention(q, k, v, num_heads)
+    return by_portions(q, k, v, mask, num_heads)
 
 
 def by_portions(q: Tensor, k: Tensor, v: Tensor, mask, num_heads: int) -> Tensor:
@@ -147,10 +148,19 @@ class CrossAttention(nn.Cell):
         self.to_v = Linear(context_dim, query_dim, has_bias=False, dtype=dtype)
         self.to_out = nn.CellList([Linear(query_dim, query_dim, dtype=dtype)])
         self.attend = Attention(num_heads)
+        self.inlined = on_ascend()
 
     def construct(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, N, C) and (B, T, D) -> (B, N, C)."""
-        return self.to_out[0](self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
+        weights = self.to_q.weight, self.to_k.weight, self.to_v.weight, self.to_out[0].weight, self.to_out[0].bias
+        return _cross_attention(self.inlined, (x, context), weights, self.attend.num_heads, self.attend.fused)
+
+
+@shared
+def _cross_attention(x: Tensor, context: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, to_out: Tensor,
+                     bias: Tensor, num_heads: int, fused: bool) -> Tensor:
+    y = attend(linear(x, to_q, None), linear(context, to_k, None), linear(context, to_v, None), None, num_heads, fused)
+    return linear(y, to_out, bias)
 
 
 class GEGLU(nn.Cell):
@@ -159,10 +169,16 @@ class GEGLU(nn.Cell):
     def __init__(self, dim: int, inner: int, dtype=mstype.float32):
         super().__init__()
         self.proj = Linear(dim, 2 * inner, dtype=dtype)
+        self.inlined = on_ascend()
 
     def construct(self, x: Tensor) -> Tensor:
-        y, gate = self.proj.halves(x)
-        return y * gelu(gate)
+        return _gated(self.inlined, (x,), (self.proj.weight, self.proj.bias))
+
+
+@shared
+def _gated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y, gate = halves(x, weight, bias)
+    return y * gelu(gate)
 
 
 class FeedForward(nn.Cell):

@@ -48,7 +48,7 @@ class Linear(nn.Cell):
         self.bias = initial_bias(out_channels, dtype) if has_bias else None
 
     def construct(self, x: Tensor) -> Tensor:
-        return _linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def from_maps(self, x: Tensor) -> Tensor:
         """What `construct` gives for each position of (B, C, N) maps: (B, N, C'). The product turns them."""
@@ -58,23 +58,21 @@ class Linear(nn.Cell):
         """(B, N, C) -> (B, C', N): the maps of what `construct` gives."""
         return _linear_to_maps(x, self.weight, self.bias)
 
-    def halves(self, x: Tensor) -> tuple:
-        """The first and the second half of the output's channels; a product for each is cheaper than cutting one."""
-        return _halves(x, self.weight, self.bias)
-
 
 # Functions, not methods, for the time a graph takes to compile: all layers of equal shapes share them.
 
 
-def _linear(x: Tensor, weight: Tensor, bias) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `Linear` gives: (..., C) times an (C', C) weight, with a (C',) bias or none."""
     rows, shape = _linear_shapes(x.shape, weight.shape)
     y = ops.MatMul(transpose_b=True)(x.reshape(rows), weight)
     return with_bias(y, bias).reshape(shape)
 
 
-def _halves(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
+def halves(x: Tensor, weight: Tensor, bias: Tensor) -> tuple:
+    """The first and the second half of the channels of `linear`; a product for each is cheaper than cutting one."""
     weights, biases = ops.split(weight, weight.shape[0] // 2, 0), ops.split(bias, bias.shape[0] // 2, 0)
-    return _linear(x, weights[0], biases[0]), _linear(x, weights[1], biases[1])
+    return linear(x, weights[0], biases[0]), linear(x, weights[1], biases[1])
 
 
 @ops.constexpr

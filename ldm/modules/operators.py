@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Callable
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn, no_inline, ops
 from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
@@ -128,6 +129,35 @@ def _row_order(shape: tuple, axes: tuple) -> tuple:
 
 
 swap_first_two, swap_inner, reverse_first_three = Reordered((1, 0, 2)), Reordered((0, 2, 1, 3)), Reordered((2, 1, 0, 3))
+
+
+def shared(function: Callable) -> Callable:
+    """A decorator for what layers have in common, so that a graph has it but once for all layers of equal shapes.
+
+    On the CPU MindSpore tries for each elementwise operator of a graph how many threads serve it best, with one thread
+    in its first five calls: those of five steps, or of one where five layers share the operator. And it compiles
+    faster. The fewer tensors go in and out the better, for each of them crosses from graph to graph.
+
+    Args:
+        function: of tensors, then Parameters, then what is known when the graph is compiled.
+
+    Returns:
+        (inlined, tensors, Parameters, *settings) -> what `function` gives, each a tuple but the first. `inlined` makes
+        it part of the graph at each call all the same: on Ascend, which does not search, and where activations are
+        recomputed, which MindSpore cannot do with it.
+    """
+
+    @no_inline
+    def apart(*arguments):
+        return function(*arguments)
+
+    def call(inlined: bool, inputs: tuple, weights: tuple, *settings):
+        if inlined:
+            return function(*inputs, *weights, *settings)
+        after = [ops.depend(weight, inputs[0]) for weight in weights]  # else those of the first call would be kept
+        return apart(*inputs, *after, *settings)
+
+    return call
 
 
 def worth_a_graph(x: Tensor, plain: bool) -> bool:

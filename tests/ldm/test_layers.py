@@ -6,7 +6,7 @@ import math
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 import ldm.modules.attention as attention
 import ldm.modules.layers as layers
@@ -207,3 +207,39 @@ def test_gelu_and_its_gradient(mode):
         ms.set_context(mode=ms.PYNATIVE_MODE)
     np.testing.assert_allclose(y.asnumpy(), x * below, atol=1e-6)
     np.testing.assert_allclose(slope.asnumpy(), below + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi), atol=1e-6)
+
+
+@operators.shared
+def _layer(x, weight, scale):
+    return ops.erf(ops.MatMul(transpose_b=True)(x, weight)) * scale
+
+
+class Layers(nn.Cell):
+    """Three layers of equal shapes, each with a weight of its own."""
+
+    def __init__(self, inlined: bool):
+        super().__init__()
+        self.inlined = inlined
+        self.weights = ParameterTuple([Parameter(Tensor(normal(4, 4)), name=f"{n}.weight") for n in range(3)])
+
+    def construct(self, x):
+        for weight in self.weights:
+            x = _layer(self.inlined, (x,), (weight,), 2.0)
+        return x
+
+
+@pytest.mark.parametrize("inlined, copies", [(False, 1), (True, 3)])
+def test_a_graph_has_a_shared_layer_once(tmp_path, inlined, copies):
+    """And follows its weights when they change."""
+    layers, x = Layers(inlined), Tensor(normal(2, 4))
+    ms.set_context(mode=ms.GRAPH_MODE, save_graphs=2, save_graphs_path=str(tmp_path))
+    try:
+        before = layers(x).asnumpy()
+        layers.weights[1].set_data(Tensor(normal(4, 4)))
+        after = layers(x).asnumpy()
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE, save_graphs=0)
+    (graph,) = tmp_path.rglob("*_validate_*.ir")
+    assert graph.read_text().count("PrimFunc_Erf(") == copies
+    np.testing.assert_allclose(after, layers(x).asnumpy(), atol=1e-6)
+    assert np.abs(after - before).max() > 0.1
