@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ip_adapter.image_prompt import ImageProjModel
+from ldm.modules.operators import inline
 from ldm.modules.unet import UNetModel
 
 
@@ -327,9 +328,7 @@ def recompute_blocks(unet: UNetModel) -> None:
     """
     for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks):
         block.recompute()
-    for _, cell in unet.cells_and_names():
-        if hasattr(cell, "inlined"):  # MindSpore finds a cycle where a shared subgraph is computed again
-            cell.inlined = True
+    inline(unet)
 
 
 def learning_rate(step: int, base: float, warmup_steps: int, total_steps: int, end: float | None = None) -> float:

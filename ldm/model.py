@@ -145,7 +145,10 @@ class LatentDiffusion:
         self.guided, self.decoder = GuidedDenoiser(self.unet, self.controlnets), None  # None: the autoencoder as it is
 
     def compile(self) -> None:
-        """From now on denoiser and decoder run as graphs, also where all else runs operator by operator."""
+        """From now on denoiser and decoder run as graphs, also where all else runs operator by operator.
+
+        Their Parameters, the scale of the image attention among them, keep the values of the first call.
+        """
         self.guided, self.decoder = ms.jit(self.guided), ms.jit(self.vae)
 
     def encode_text(self, texts: list) -> Condition:

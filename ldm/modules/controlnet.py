@@ -6,6 +6,7 @@ from mindspore import dtype as mstype
 
 from ldm.modules.convolution import Conv2d
 from ldm.modules.layers import SiLU
+from ldm.modules.operators import inline
 from ldm.modules.unet import UNetConfig, UNetEncoder
 
 # Widths of the hint's convolutions between its 3 colours and the UNet's first level, and which of them halve the size.
@@ -36,6 +37,7 @@ class ControlNet(UNetEncoder):
             [nn.SequentialCell(Conv2d(channels, channels, 1, dtype=dtype)) for channels in self.skip_channels])
         self.middle_block_out = nn.SequentialCell(
             Conv2d(self.skip_channels[-1], self.skip_channels[-1], 1, dtype=dtype))
+        inline(self)  # a graph runs it beside the UNet
 
     def embed_hint(self, hint: Tensor) -> Tensor:
         """The hint at latent size, the same for every step.

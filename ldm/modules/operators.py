@@ -136,15 +136,15 @@ def shared(function: Callable) -> Callable:
 
     On the CPU MindSpore tries for each elementwise operator of a graph how many threads serve it best, with one thread
     in its first five calls: those of five steps, or of one where five layers share the operator. And it compiles
-    faster. The fewer tensors go in and out the better, for each of them crosses from graph to graph.
+    faster. The fewer tensors go in and out the better, for each of them crosses from graph to graph. One call must need
+    the result of the last one: MindSpore mixes up those that it may make side by side.
 
     Args:
         function: of tensors, then Parameters, then what is known when the graph is compiled.
 
     Returns:
         (inlined, tensors, Parameters, *settings) -> what `function` gives, each a tuple but the first. `inlined` makes
-        it part of the graph at each call all the same: on Ascend, which does not search, and where activations are
-        recomputed, which MindSpore cannot do with it.
+        it part of the graph at each call all the same: on Ascend, which does not search, and after `inline`.
     """
 
     @no_inline
@@ -158,6 +158,14 @@ def shared(function: Callable) -> Callable:
         return apart(*inputs, *after, *settings)
 
     return call
+
+
+def inline(network: nn.Cell) -> None:
+    """Make everything `shared` in a network part of the graph at each call: where another network may run beside it, or
+    where activations are recomputed, in which MindSpore would find a cycle."""
+    for _, cell in network.cells_and_names():
+        if hasattr(cell, "inlined"):
+            cell.inlined = True
 
 
 def worth_a_graph(x: Tensor, plain: bool) -> bool:
