@@ -127,6 +127,8 @@ class TrainingRun:
         with _interruption() as interrupted, self._log_file() as write, tqdm(
                 total=self.total, initial=self.step, desc="training", unit="step",
                 disable=True if self.group.rank else None) as bar:
+            if self.step and self.group.rank == 0:
+                self._publish()  # the run that is resumed may have been killed before it had
             losses, begun = [], time.time()
             for batch in batches if self.step < self.total else ():
                 part = batch.step % accumulation
@@ -171,16 +173,20 @@ class TrainingRun:
         return step % (self.args.ckpt_save_interval * (1 if self.args.step_mode else self.steps_per_epoch)) == 0
 
     def save(self) -> None:
-        """Write what users load, then the state: a state never lacks its files. Older files go by --ckpt_max_keep."""
-        paths = self.publish(self.ckpt / self.name.format(self.step), self.optimizer.trained())
+        """Write the state, then what users load; a save killed in between is finished by whoever resumes."""
         self.published = [step for step in self.published if step != self.step] + [self.step]
-        kept = self.published[-self.args.ckpt_max_keep :] if self.args.ckpt_max_keep else self.published
-        old, self.published = self.published[: -len(kept)], kept
-        numbers = {**self.identity, "step": self.step, "published": kept}
+        numbers = {**self.identity, "step": self.step, "published": self.published}
         run = {f"run.{key}": np.array(value, np.int64) for key, value in numbers.items()}
         save_arrays(self.ckpt / STATE, {**self.optimizer.state(), **run})
         loss_chart([float(row["loss"]) for row in self.history], f"loss, {self.step} steps").save(
             self.folder / "loss.png")
+        self._publish()
+
+    def _publish(self) -> None:
+        """Write what users load, of the step the state holds. Older files go by --ckpt_max_keep."""
+        paths = self.publish(self.ckpt / self.name.format(self.step), self.optimizer.trained())
+        kept = self.published[-self.args.ckpt_max_keep :] if self.args.ckpt_max_keep else self.published
+        old, self.published = self.published[: -len(kept)], kept
         for step in old:
             for path in paths:
                 (self.ckpt / f"{self.name.format(step)}{path.suffix}").unlink(missing_ok=True)

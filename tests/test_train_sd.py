@@ -1,12 +1,14 @@
 """train_sd.py end to end: it learns, goes on exactly after any stop, and what it writes is used everywhere."""
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +166,33 @@ def test_it_learns_in_graph_mode(words, tmp_path, outcome):
     assert status == 0, said
     losses = [float(row["loss"]) for row in log_of(tmp_path)]
     assert np.mean(losses[-8:]) < np.mean(losses[:4])
+
+
+def test_killed_at_any_file_of_a_save_it_goes_on(words, tmp_path, outcome, monkeypatch):
+    """Before the state is there, nothing is in the way of a new start; after it, --resume writes what is missing."""
+    words += ["--ckpt_save_interval", "1", "--ckpt_max_keep", "1", "--max_steps", "2"]
+    assert outcome(main, *words, "--output_path", tmp_path / "calm")[0] == 0
+    rename, names = os.replace, sorted(path.name for path in (tmp_path / "calm" / "ckpt").iterdir())
+    assert names == ["sd-2.ckpt", "sd-2.safetensors", "train_resume.ckpt"]
+    for last in range(2 * len(names)):
+        folder, written = tmp_path / f"{last}", []
+
+        def killed_after(source, target):
+            if "ckpt" in Path(target).parts:
+                if len(written) == last:
+                    raise SystemExit(137)
+                written.append(target)
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed_after)
+            assert outcome(main, *words, "--output_path", folder)[0] == 137
+        resume = ["--resume", "True"] if (folder / "ckpt" / "train_resume.ckpt").exists() else []
+        status, said = outcome(main, *words, "--output_path", folder, *resume)
+        assert status == 0, said
+        assert sorted(path.name for path in (folder / "ckpt").iterdir()) == names
+        for name in names:
+            assert_equal(*(arrays(path / "ckpt" / name) for path in (tmp_path / "calm", folder)))
 
 
 @pytest.mark.slow
