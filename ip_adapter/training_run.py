@@ -106,7 +106,8 @@ class TrainingRun:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"--resume {path}: does not fit what is trained now: {error}; was it another model, "
                                   "or --ema_decay changed?") from None
-        self.step, self.published = step, published
+        # Files in a folder the state does not come from are not this run's, whatever their names.
+        self.step, self.published = step, published if path.resolve().parent == self.ckpt.resolve() else [step]
         with contextlib.suppress(FileNotFoundError):
             with open(self.folder / "log.csv", newline="", encoding="utf-8") as file:
                 self.history = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
