@@ -107,7 +107,7 @@ class TrainingRun:
             raise CheckpointError(f"--resume {path}: does not fit what is trained now: {error}; was it another model, "
                                   "or --ema_decay changed?") from None
         # Files in a folder the state does not come from are not this run's, whatever their names.
-        self.step, self.published = step, published if path.resolve().parent == self.ckpt.resolve() else [step]
+        self.step, self.published = step, published if path.resolve().parent == self.ckpt.resolve() else []
         with contextlib.suppress(FileNotFoundError):
             with open(self.folder / "log.csv", newline="", encoding="utf-8") as file:
                 self.history = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
@@ -128,7 +128,7 @@ class TrainingRun:
         with _interruption() as interrupted, self._log_file() as write, tqdm(
                 total=self.total, initial=self.step, desc="training", unit="step",
                 disable=True if self.group.rank else None) as bar:
-            if self.step and self.group.rank == 0:
+            if self.published and self.group.rank == 0:
                 self._publish()  # the run that is resumed may have been killed before it had
             losses, begun = [], time.time()
             for batch in batches if self.step < self.total else ():

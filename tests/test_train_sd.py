@@ -128,11 +128,14 @@ def test_the_last_checkpoints_are_kept(words, tmp_path, outcome):
         "train_resume.ckpt"]
     other = tmp_path / "other" / "ckpt"  # of another run, with files of the same names
     other.mkdir(parents=True)
-    (other / "sd-3.ckpt").write_bytes(b"of somebody else")
+    foreign = [other / "sd-3.ckpt", other / "sd-4.ckpt"]
+    for path in foreign:
+        path.write_bytes(b"of somebody else")
     words += ["--resume", folder / "train_resume.ckpt", "--output_path", tmp_path / "other", "--ckpt_max_keep", "1"]
     assert outcome(main, *words, "--max_steps", "5")[0] == 0
     assert sorted(path.name for path in other.iterdir()) == [
-        "sd-3.ckpt", "sd-5.ckpt", "sd-5.safetensors", "train_resume.ckpt"]
+        "sd-3.ckpt", "sd-4.ckpt", "sd-5.ckpt", "sd-5.safetensors", "train_resume.ckpt"]
+    assert all(path.read_bytes() == b"of somebody else" for path in foreign)
 
 
 def test_float16_keeps_float32_weights_and_scales_the_loss(words, tmp_path, outcome):
