@@ -12,7 +12,16 @@ from mindspore import dtype as mstype
 
 from ldm.device import on_ascend
 from ldm.modules.layers import GroupNorm, LayerNorm, Linear, gelu, halves, linear
-from ldm.modules.operators import in_turn, portions, repeated_like, shared, swap_inner, weighted_values
+from ldm.modules.operators import (
+    batch_matmul,
+    batch_matmul_nt,
+    in_turn,
+    portions,
+    repeated_like,
+    shared,
+    swap_inner,
+    weighted_values,
+)
 
 # Largest score matrix held at a time where there is no fused operator, in elements (16 MiB of float32): it stays in a
 # last cache of 32 MiB between products and softmax.
@@ -108,8 +117,8 @@ def _by_queries(q: Tensor, k: Tensor, v: Tensor, mask, rows: tuple) -> Tensor:
 def _product(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     if mask is None:
         return weighted_values(q, k, v)[0]
-    scores = ops.BatchMatMul(transpose_b=True)(q, k).astype(mstype.float32) + mask
-    return ops.BatchMatMul()(ops.softmax(scores, -1).astype(v.dtype), v)
+    scores = batch_matmul_nt(q, k).astype(mstype.float32) + mask
+    return batch_matmul(ops.softmax(scores, -1).astype(v.dtype), v)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:

@@ -10,8 +10,11 @@ from mindspore import dtype as mstype
 from ldm.device import on_ascend
 from ldm.modules.operators import (
     add_to_maps,
+    batch_matmul,
     in_turn,
     joined,
+    matmul,
+    matmul_nt,
     pad,
     portions,
     reverse_first_three,
@@ -164,7 +167,7 @@ def _of_tiles(x: Tensor, matrix: Tensor, side: int, padding) -> Tensor:
     """`_by_tiles` of (B, C, R, W) with a padding of 1, or of (B, C, R + 2, W) with one of (0, 1): (B, C', R, W)."""
     tiles = reverse_first_three(ops.Im2Col(side + 2, side, 1, padding)(x))  # ((m + 2)^2, C, B, positions)
     count, channels, batch, _ = tiles.shape
-    tiles = ops.MatMul()(_transforms(side)[0], tiles.reshape((count, -1))).reshape((count, channels, -1))
+    tiles = matmul(_transforms(side)[0], tiles.reshape((count, -1))).reshape((count, channels, -1))
     y = _tile_products(tiles, matrix, side)
     y = reverse_first_three(y.reshape((y.shape[0], y.shape[1], batch, -1)))  # (B, C', m^2, positions)
     return ops.Col2Im(side, 1, 0, side)(y, _size(x.shape, padding))
@@ -196,9 +199,9 @@ def _weight_rows(tiles: tuple, matrix: tuple, most: int) -> tuple:
 def _tile_product(tiles: Tensor, matrix: Tensor, side: int) -> Tensor:
     count, channels, positions = tiles.shape
     _, of_weight, to_output = _transforms(side)
-    weights = ops.MatMul(transpose_b=True)(of_weight, matrix).reshape((count, -1, channels))
-    y = ops.BatchMatMul()(weights, tiles)
-    return ops.MatMul()(to_output, y.reshape((count, -1))).reshape((side * side, -1, positions))
+    weights = matmul_nt(of_weight, matrix).reshape((count, -1, channels))
+    y = batch_matmul(weights, tiles)
+    return matmul(to_output, y.reshape((count, -1))).reshape((side * side, -1, positions))
 
 
 @ops.constexpr
@@ -216,7 +219,7 @@ def _by_columns(x: Tensor, matrix: Tensor, kernel: int, stride: int, padding: tu
         x = pad(x, padding)
     if batch > 1 and out_h * out_w <= SMALL_MAP:  # one wide product over the whole batch
         columns = swap_first_two(_columns(x, kernel, stride, inside))
-        y = ops.MatMul()(matrix, columns.reshape((seen, -1)))
+        y = matmul(matrix, columns.reshape((seen, -1)))
         return swap_first_two(y.reshape((out_channels, batch, -1))).reshape((batch, out_channels, out_h, out_w))
     pictures = []
     for picture in ops.split(x, 1, 0) if batch > 1 else (x,):
@@ -226,7 +229,7 @@ def _by_columns(x: Tensor, matrix: Tensor, kernel: int, stride: int, padding: tu
             if len(rows) > 1:
                 block = in_turn(ops.narrow(picture, 2, first * stride, (count - 1) * stride + kernel), blocks)
             columns = _columns(block, kernel, stride, inside).reshape((seen, -1))
-            blocks.append(ops.MatMul()(matrix, columns).reshape((1, out_channels, count, out_w)))
+            blocks.append(matmul(matrix, columns).reshape((1, out_channels, count, out_w)))
         pictures.append(joined(blocks, 2))
     return joined(pictures, 0)
 

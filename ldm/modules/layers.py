@@ -14,6 +14,8 @@ from ldm.modules.operators import (
     enlarged,
     group_norm,
     layer_norm,
+    matmul_nt,
+    matmul_tt,
     portions,
     raised,
     rescaled,
@@ -65,7 +67,7 @@ class Linear(nn.Cell):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `Linear` gives: (..., C) times an (C', C) weight, with a (C',) bias or none."""
     rows, shape = _linear_shapes(x.shape, weight.shape)
-    y = ops.MatMul(transpose_b=True)(x.reshape(rows), weight)
+    y = matmul_nt(x.reshape(rows), weight)
     return with_bias(y, bias).reshape(shape)
 
 
@@ -83,13 +85,13 @@ def _linear_shapes(x: tuple, weight: tuple) -> tuple:
 
 def _linear_from_maps(x: Tensor, weight: Tensor, bias) -> Tensor:
     batch, channels, count = x.shape
-    y = ops.MatMul(transpose_a=True, transpose_b=True)(swap_first_two(x).reshape((channels, -1)), weight)
+    y = matmul_tt(swap_first_two(x).reshape((channels, -1)), weight)
     return with_bias(y, bias).reshape((batch, count, -1))
 
 
 def _linear_to_maps(x: Tensor, weight: Tensor, bias) -> Tensor:
     batch, count, channels = x.shape
-    y = ops.MatMul(transpose_b=True)(weight, x.reshape((-1, channels)))
+    y = matmul_nt(weight, x.reshape((-1, channels)))
     y = swap_first_two(y.reshape((-1, batch, count)))
     return with_bias(y.reshape((batch, -1, count, 1)), bias).reshape(y.shape)
 

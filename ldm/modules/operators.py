@@ -18,25 +18,32 @@ from ldm.device import on_ascend
 # From so many elements on a graph is worth the time to compile it.
 LARGE = 1 << 18
 
+# Each is made but once: in PyNative that takes longer than some of their calls. t: the operand is transposed, n: not.
+matmul, matmul_nt = ops.MatMul(), ops.MatMul(transpose_b=True)
+matmul_tt = ops.MatMul(transpose_a=True, transpose_b=True)
+batch_matmul, batch_matmul_nt = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+batch_matmul_tn = ops.BatchMatMul(transpose_a=True)
+gather = ops.Gather()
+
 
 class BiasAdd(nn.Cell):
     """A bias added to every row of (N, C), or to every map of (B, C, H, W)."""
 
     def __init__(self):
         super().__init__()
-        self.bias_add, self.matmul = ops.BiasAdd(), ops.MatMul()
+        self.operator = ops.BiasAdd()
 
     def construct(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.bias_add(x, bias)
+        return self.operator(x, bias)
 
     def bprop(self, x: Tensor, bias: Tensor, out: Tensor, dout: Tensor) -> tuple:
         """The gradients of x and of the bias."""
         rows = dout
         if dout.ndim == 4:
             batch, channels, height, width = dout.shape
-            rows = self.matmul(dout.reshape((batch * channels, height * width)),
-                               ops.ones((height * width, 1), dout.dtype)).reshape((batch, channels))
-        total = self.matmul(ops.ones((1, rows.shape[0]), dout.dtype), rows)
+            rows = matmul(dout.reshape((batch * channels, height * width)),
+                          ops.ones((height * width, 1), dout.dtype)).reshape((batch, channels))
+        total = matmul(ops.ones((1, rows.shape[0]), dout.dtype), rows)
         return dout, total.reshape(bias.shape)
 
 
@@ -58,24 +65,23 @@ class WeightedValues(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.scores, self.values = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
-        self.transposed, self.softmax = ops.BatchMatMul(transpose_a=True), ops.Softmax(-1)
+        self.softmax = ops.Softmax(-1)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
         """(G, N, d) scaled queries, (G, T, d) keys and values -> (G, N, d), and the (G, N, T) float32 weights."""
-        weights = self.softmax(self.scores(q, k).astype(mstype.float32))
-        return self.values(weights.astype(v.dtype), v), weights
+        weights = self.softmax(batch_matmul_nt(q, k).astype(mstype.float32))
+        return batch_matmul(weights.astype(v.dtype), v), weights
 
     def bprop(self, q: Tensor, k: Tensor, v: Tensor, out: tuple, dout: tuple) -> tuple:
         """The gradients of q, k and v; that of the weights is not looked at, for nothing but `construct` uses them."""
         y, weights = out
         dy = dout[0]
-        total = self.values(dy * y, ops.ones((y.shape[0], y.shape[2], 1), y.dtype))
+        total = batch_matmul(dy * y, ops.ones((y.shape[0], y.shape[2], 1), y.dtype))
         ones = ops.ones((v.shape[0], v.shape[1], 1), v.dtype)
-        dscores = self.scores(ops.concat((dy, -total), -1), ops.concat((v, ones), -1))
+        dscores = batch_matmul_nt(ops.concat((dy, -total), -1), ops.concat((v, ones), -1))
         dscores = (dscores.astype(mstype.float32) * weights).astype(q.dtype)
-        dv = self.transposed(weights.astype(v.dtype), dy)
-        return self.values(dscores, k), self.transposed(dscores, q), dv
+        dv = batch_matmul_tn(weights.astype(v.dtype), dy)
+        return batch_matmul(dscores, k), batch_matmul_tn(dscores, q), dv
 
 
 weighted_values = WeightedValues()
@@ -109,7 +115,7 @@ def _reordered(x: Tensor, axes: tuple) -> Tensor:
         return ops.transpose(x, axes)
     if order is None:
         return x.reshape(shape)
-    return ops.Gather()(x.reshape((-1, size)), order, 0).reshape(shape)
+    return gather(x.reshape((-1, size)), order, 0).reshape(shape)
 
 
 @ops.constexpr
@@ -181,7 +187,7 @@ def worth_a_graph(x: Tensor, plain: bool) -> bool:
 
 def spread(column: Tensor, count: int) -> Tensor:
     """(R, 1) -> (R, count), every number along its row."""
-    return ops.MatMul()(column, ops.ones((1, count), column.dtype))
+    return matmul(column, ops.ones((1, count), column.dtype))
 
 
 def add_to_maps(x: Tensor, values: Tensor) -> Tensor:
@@ -212,7 +218,7 @@ def enlarged(x: Tensor, height: int, width: int) -> Tensor:
     rows = _twice(x.shape[2], x.shape[3], height, width)
     if rows is None:
         return ops.interpolate(x, size=(height, width), mode="nearest")
-    y = ops.MatMul()(x.reshape((-1, x.shape[3])), rows.astype(x.dtype))
+    y = matmul(x.reshape((-1, x.shape[3])), rows.astype(x.dtype))
     return y.reshape((x.shape[0], x.shape[1], height, width))
 
 
@@ -229,15 +235,15 @@ def centred(rows: Tensor, epsilon: float) -> tuple:
     """(R, N) -> (R, N) less the mean of each row, and (R, 1) their standard deviations with epsilon in the variance."""
     count = rows.shape[1]
     average = ops.fill(rows.dtype, (count, 1), 1 / count)
-    rows = raised(rows, -ops.MatMul()(rows, average))
-    return rows, ops.sqrt(ops.MatMul()(rows * rows, average) + epsilon)
+    rows = raised(rows, -matmul(rows, average))
+    return rows, ops.sqrt(matmul(rows * rows, average) + epsilon)
 
 
 @ms.jit
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
     """Layer normalisation of (R, C) with (1, C) gain and shift; biased variance."""
     rows, deviations = centred(x, epsilon)
-    return bias_add(rows * ops.MatMul()(1 / deviations, gamma), beta.reshape((x.shape[1],)))
+    return bias_add(rows * matmul(1 / deviations, gamma), beta.reshape((x.shape[1],)))
 
 
 class NormedGroups(nn.Cell):
@@ -263,15 +269,15 @@ class NormedGroups(nn.Cell):
         group = channels // groups
         by_channel = _of_channels(deviations, group)
         dy, ones = dout[0].reshape((batch * channels, height * width)), ops.ones((height * width, 1), x.dtype)
-        sums = ops.MatMul()(dy, ones)
-        products = ops.MatMul()(dy * rows.reshape(dy.shape), ones) / by_channel
+        sums = matmul(dy, ones)
+        products = matmul(dy * rows.reshape(dy.shape), ones) / by_channel
         gains, average = _of_pictures(gamma, batch), ops.fill(x.dtype, (group, 1), 1 / (group * height * width))
-        mean_g = ops.MatMul()((gains * sums).reshape((-1, group)), average)
-        mean_gz = ops.MatMul()((gains * products).reshape((-1, group)), average)
+        mean_g = matmul((gains * sums).reshape((-1, group)), average)
+        mean_gz = matmul((gains * products).reshape((-1, group)), average)
         dx = rescaled(dy, gains / by_channel, -_of_channels(mean_g / deviations, group))
         dx = dx.reshape(rows.shape) - rescaled(rows, mean_gz / (deviations * deviations), ops.zeros_like(mean_gz))
         ones = ops.ones((1, batch), x.dtype)
-        dgamma, dbeta = (ops.MatMul()(ones, part.reshape((batch, channels))) for part in (products, sums))
+        dgamma, dbeta = (matmul(ones, part.reshape((batch, channels))) for part in (products, sums))
         return dx.reshape(x.shape), dgamma, dbeta, 0, 0.0
 
 
@@ -285,7 +291,7 @@ def _of_channels(column: Tensor, count: int) -> Tensor:
 
 def _of_pictures(row: Tensor, count: int) -> Tensor:
     """(1, C) of all pictures -> (count C, 1) of each."""
-    return ops.MatMul()(ops.ones((count, 1), row.dtype), row).reshape((-1, 1))
+    return matmul(ops.ones((count, 1), row.dtype), row).reshape((-1, 1))
 
 
 @ms.jit
