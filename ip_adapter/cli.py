@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import gc
 import logging
 import math
 import sys
@@ -166,7 +165,6 @@ def start_logging(level: str = "info") -> None:
 def execute(main: Callable[[], None]) -> None:
     """Run a script: the user's mistakes become one line and status 2, Ctrl-C status 130."""
     name = Path(sys.argv[0]).name
-    gc.freeze()  # what imports have made stays; collections that look through all of it take a twelfth of a demo run
     try:
         main()
         leave(0)
