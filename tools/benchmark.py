@@ -71,8 +71,8 @@ def main(argv: list | None = None) -> None:
     add = parser.add_argument
     add("--task", choices=TASKS, action="append", help="what to time, may be repeated (default: all)")
     add("--weights", type=existing_file, help="merged checkpoint (default: the demo model, or seeded stand-ins)")
-    add("--standins", type=Path, help="folder to keep the seeded stand-ins in, 20 GB for 1.5 and 50 GB for xl "
-                                      "(default: a temporary one)")
+    add("--standins", type=Path, help="folder to keep the seeded stand-ins in, 16 GB for 1.5 and 52 GB for xl "
+                                      "(default: a temporary one, where task merge writes 6 and 23 GB more)")
     add("--batch_size", type=in_range(int, 1, 10000), help="pictures at once (default: the document's)")
     add("--H", type=multiple_of_8, help="height in pixels (default: the document's)")
     add("--W", type=multiple_of_8, help="width in pixels (default: the document's)")
@@ -167,7 +167,7 @@ def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
     the line says so."""
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     loaded, work = prepare(setting_from(args, args.task[0]), args.weights, config, args.dtype or default_dtype(),
-                           given(args, *DEVICE_FLAGS, *SHORTCUTS), functools.partial(shortcuts, args))
+                           given(args, "config", *DEVICE_FLAGS, *SHORTCUTS), functools.partial(shortcuts, args))
     print(json.dumps({"load_seconds": loaded}), flush=True)
     for line in sys.stdin:
         if line.strip() == "operators":

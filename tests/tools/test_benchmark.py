@@ -1,8 +1,10 @@
 """tools/benchmark.py: every unit of work really does it, figures follow from what workers say, mistakes are told."""
 from __future__ import annotations
 
+import io
 import json
 import runpy
+import subprocess
 import sys
 
 import numpy as np
@@ -34,6 +36,18 @@ def works(task, weights, config):
     seconds, stepping = work()
     assert 0 < stepping <= seconds
     assert task in ("command", "merge", "read") or loaded > 0
+
+
+def test_a_command_has_the_configuration_of_the_benchmark(tmp_path, monkeypatch, capsys):
+    called, config = [], tmp_path / "mine.yaml"
+    config.write_text("sampling: {scale: 3.0}\n")
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: called.append(words))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("once\n"))
+    main["main"](["--worker", "--version", "demo", "--task", "command", "--weights", str(config), "--config",
+                  str(config)])
+    words, = called
+    assert words[words.index("--config") + 1] == str(config)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] >= 0
 
 
 def test_other_work_than_the_documents_has_none_of_its_figures():
