@@ -34,6 +34,7 @@ from ldm.errors import UserError
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
 from ldm.modules.controlnet import ControlNet
+from ldm.modules.operators import matmul_nt
 from ldm.modules.unet import UNetConfig, UNetModel
 
 DEMO = ModelSizes(
@@ -116,7 +117,7 @@ class ContrastiveLoss(nn.Cell):
         image, total = self._unit(self.image(pixels)), 0.0
         for i in range(len(self.texts)):
             text = self._unit(self.texts[i](tokens[i])[2])
-            logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * ops.MatMul(transpose_b=True)(text, image)
+            logits = ops.minimum(ops.exp(self.logit_scale), 100.0) * matmul_nt(text, image)
             own = ops.arange(logits.shape[0])
             total = total + 0.5 * (ops.cross_entropy(logits, own) + ops.cross_entropy(logits.T, own))
         return total / len(self.texts)

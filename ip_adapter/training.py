@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ip_adapter.image_prompt import ImageProjModel
-from ldm.modules.operators import inline
+from ldm.modules.operators import inline, matmul_nt
 from ldm.modules.unet import UNetModel
 
 
@@ -233,7 +233,7 @@ def _packed(arrays: list, small: int) -> list:
 def _squares(gradient: Tensor) -> Tensor:
     """The sum of squares, (1, 1): as a product, since the CPU's reductions take ten times as long."""
     flat = gradient.reshape((1, -1))
-    return ops.MatMul(transpose_b=True)(flat, flat)
+    return matmul_nt(flat, flat)
 
 
 def _adamw(adam, decay: Tensor, finite: Tensor, factor: Tensor, power1: Tensor, power2: Tensor, rate: Tensor,
