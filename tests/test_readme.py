@@ -97,28 +97,12 @@ def workplace(standins, standins_xl, merged, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(workplace, monkeypatch, capfd):
-    """Run a script as the shell would, but in this process: one of its own takes twice as long, to start MindSpore.
-
-    Returns exit status and standard error.
-    """
-    def call(interpreter: str, script: str, *flags):
-        assert interpreter == "python"
-        status = 0
-        monkeypatch.chdir(workplace)
-        monkeypatch.setattr(sys, "argv", [script, *flags])
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as left:
-            status = left.code or 0
-        return status, capfd.readouterr().err
-    return call
-
-
 @pytest.mark.parametrize("command", COMMANDS + DOCUMENT)
-def test_command(workplace, here, command):
-    """In the order of the page: each finds what those before it made."""
+def test_command(workplace, outcome, monkeypatch, command):
+    """In the order of the page: each finds what those before it made.
+
+    Python's run in this process: one of its own takes twice as long, to start MindSpore.
+    """
     script = re.search(r"(\w+\.py)", command).group(1)
     small = "" if command.endswith("-h") else FLAGS.get(script, SMALL)
     timed = sorted((workplace / "runs").glob("????.??.??-??:??:??"))
@@ -129,7 +113,9 @@ def test_command(workplace, here, command):
         command = re.sub(TIMED_FILE, rf"runs/{timed[0].name}/\g<1>2", command)
     words = shlex.split(command + small)
     if words[0] == "python":
-        status, said = here(*words)
+        monkeypatch.chdir(workplace)
+        monkeypatch.setattr(sys, "argv", words[1:])
+        status, said = outcome(lambda _: runpy.run_path(words[1], run_name="__main__"))
     else:
         result = shell(*words, cwd=workplace)
         status, said = result.returncode, result.stderr
