@@ -23,7 +23,7 @@ from ip_adapter.parts import ModelSizes, controlnet_part, find_adapter, merged_s
 from ip_adapter.patch import patch_cross_attention, set_ip_scale
 from ip_adapter.preprocess import clip_pixels, hint_pixels
 from ldm.checkpoint import Part, check, load, parameter_shapes
-from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint
+from ldm.checkpoint_file import CheckpointError, CheckpointFile, leave_memory, open_checkpoint
 from ldm.device import DTYPES
 from ldm.model import Condition, Control, LatentDiffusion
 from ldm.modules.autoencoder import AutoencoderKL
@@ -40,13 +40,15 @@ class ImagePromptModel:
         family: of the model.
         diffusion: its networks.
         embedder: from a picture to image tokens.
-        load_rest: reads what a staged model has not read yet; None once all is there.
+        load_rest: reads what a staged model has not read yet; None once all is there. Returns what maps the denoiser.
+        denoiser_mappings: what that returned.
     """
 
     family: Family
     diffusion: LatentDiffusion
     embedder: IPAdapterImageEmbedder
     load_rest: Callable | None = None
+    denoiser_mappings: list = field(default_factory=list)
 
     def conditions(self, image: Image.Image, prompts: list) -> list:
         """What the pictures of a run are asked for.
@@ -82,7 +84,7 @@ class ImagePromptModel:
         if self.load_rest is None:
             return
         self.release_encoders()
-        self.load_rest()
+        self.denoiser_mappings = self.load_rest()
         self.load_rest = None
 
     def release_denoiser(self) -> None:
@@ -90,6 +92,8 @@ class ImagePromptModel:
         self.diffusion.unet = self.diffusion.guided = None
         self.diffusion.controlnets = []
         gc.collect()
+        leave_memory(self.denoiser_mappings)  # MindSpore keeps the Parameters of a graph, also when the graph is gone
+        self.denoiser_mappings = []
 
     def controls(self, hints: list[Hint], timesteps: np.ndarray) -> list[Control]:
         """Hints, one for each ControlNet, as the denoiser takes them: once a run is enough.
@@ -181,17 +185,18 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
             autoencoder = [(vae, part)]
         controlnets = [controlnet_part(opened(file) if file else base, sizes.unet, family, kind)
                        for file in extra.controlnets]
-        denoising += autoencoder + controlnets
-        for cell, part in encoders if staged else encoders + denoising:
+        denoising += controlnets
+        for cell, part in encoders if staged else encoders + denoising + autoencoder:
             load(cell, part)
-        for cell, _ in encoders + denoising:
+        for cell, _ in encoders + denoising + autoencoder:
             cell.set_train(False)
         files = stack.pop_all() if staged else None
 
-    def load_rest() -> None:
+    def load_rest() -> list:
         with files:
-            for cell, part in denoising:
+            for cell, part in autoencoder:
                 load(cell, part)
+            return [pages for cell, part in denoising for pages in load(cell, part)]
 
     engine = DiffusionEngine if family is SDXL else LatentDiffusion
     diffusion = engine(unet, vae, texts, config.schedule(), config.scale_factor,

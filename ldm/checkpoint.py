@@ -6,6 +6,7 @@ is in `checkpoint_file.py`, the rules are in `ldm/names.py`, `gm/names.py` and `
 """
 from __future__ import annotations
 
+import mmap
 import re
 from dataclasses import dataclass
 from typing import Callable, Iterable, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
-from ldm.checkpoint_file import CheckpointError, CheckpointFile, TensorInfo
+from ldm.checkpoint_file import CheckpointError, CheckpointFile, TensorInfo, mapping
 from ldm.modules.weight import stored_shape
 
 SHOWN = 20  # names listed in a message, of each kind
@@ -190,17 +191,22 @@ def read_parameter(file: CheckpointFile, source: Source) -> np.ndarray:
 _NUMPY = {mstype.float32: np.float32, mstype.float16: np.float16}
 
 
-def load(cell: nn.Cell, part: Part) -> None:
+def load(cell: nn.Cell, part: Part) -> list[mmap.mmap]:
     """Read a part into the parameters of `cell`, one tensor at a time, each in the parameter's own dtype.
 
     Call `check` first; this only reads.
+
+    Returns:
+        What large ones are mapped by, for `ldm.checkpoint_file.leave_memory`.
     """
-    parameters = dict(cell.parameters_and_names())
+    parameters, mappings = dict(cell.parameters_and_names()), []
     for path, source in part.sources().items():
         value = read_parameter(part.file, source)
         parameter = parameters[path]
         value = np.ascontiguousarray(value, dtype=_NUMPY[parameter.dtype]).reshape(parameter.shape)
         parameter.set_data(Tensor.from_numpy(value))  # shares the memory, no second copy
+        mappings.append(mapping(value))
+    return [pages for pages in mappings if pages is not None]
 
 
 def plan(part: Part, target: Layout, dtype: str | None = None) -> dict:

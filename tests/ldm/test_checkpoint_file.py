@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +201,23 @@ def test_reading_and_writing_hold_one_tensor(tmp_path, monkeypatch, ending, mapp
     assert tensors_held * 4 * count <= peak_bytes(read_each) < (tensors_held + 0.2) * 4 * count
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process holds")
+def test_mapped_tensors_leave_memory_and_can_still_be_read(tmp_path):
+    def resident():
+        return int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+    path, bytes_ = tmp_path / "x.safetensors", 64 << 20
+    save_arrays(path, {"large": np.ones(bytes_ // 4, np.float32), "small": np.ones(3, np.float32)})
+    with open_checkpoint(path) as file:
+        large, small = file.read("large"), file.read("small")
+    assert checkpoint_file.mapping(small) is None
+    before = resident()
+    assert large.sum() == bytes_ // 4 and resident() - before > 0.9 * bytes_
+    checkpoint_file.leave_memory([checkpoint_file.mapping(large.reshape(2, -1)[1])])
+    assert resident() - before < 0.1 * bytes_
+    assert large.sum() == bytes_ // 4
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("name", ["w", "ww", "www", "wwww"])  # that shift what follows it
 def test_a_large_tensor_is_aligned_and_can_be_written_to_without_changing_the_file(tmp_path, ending, name):
@@ -207,10 +226,7 @@ def test_a_large_tensor_is_aligned_and_can_be_written_to_without_changing_the_fi
     before = path.read_bytes()
     with open_checkpoint(path) as file:
         read = file.read(name)
-    memory = read
-    while isinstance(memory, np.ndarray):
-        memory = memory.base
-    assert memory is not None and read.flags.aligned and read.flags.writeable  # mapped, not NumPy's own
+    assert checkpoint_file.mapping(read) is not None and read.flags.aligned and read.flags.writeable
     np.testing.assert_array_equal(read, array)  # also when the file is closed
     read += 1
     assert path.read_bytes() == before
