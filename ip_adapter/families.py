@@ -33,8 +33,6 @@ class Family:
         activations: of the text encoders.
         carried: names of a text encoder's tensors that no network needs, but files of the family hold.
         float32_vae: whether the autoencoder overflows in float16.
-        compiled: whether the CPU compiles denoiser and decoder where that saves time and no flag says so. A graph keeps
-            its weights while the decoder runs, and those of SDXL have not been seen to fit into 16 GB then.
         base: what a whole base model is called.
         base_flag: of the merge tool that names it.
         tool: that merges its files.
@@ -51,7 +49,6 @@ class Family:
     activations: tuple
     carried: tuple
     float32_vae: bool
-    compiled: bool
     base: str
     base_flag: str
     tool: str
@@ -83,7 +80,6 @@ class Family:
 SD15 = Family(
     "SD-1.5", (UNET_SD15, VAE_MINDSPORE, TEXT_SD15), (UNET_TORCH, VAE_TORCH, TEXT_TORCH), CONTROLNET_SD15,
     embedder="embedder.", activations=("quick_gelu",), carried=(), float32_vae=False,
-    compiled=True,
     base="sd_v1.5-d0ab7146.ckpt or v1-5-pruned-emaonly.safetensors", base_flag="--sd",
     tool="tools/merge_ckpts_sd.py", adapter="ip-adapter_sd15.safetensors or a finetuned sd-N.ckpt",
     finetuned="ckpt/sd-{}",
@@ -92,7 +88,7 @@ SDXL = Family(
     "SDXL", (UNET_SDXL, VAE_MINDSPORE, TEXT_L_SDXL, TEXT_G_SDXL),
     (UNET_TORCH, VAE_TORCH, TEXT_L_TORCH, TEXT_G_TORCH), CONTROLNET_SDXL,
     embedder="conditioner.embedders.2.", activations=("quick_gelu", "gelu"), carried=("logit_scale",),
-    float32_vae=True, compiled=False,
+    float32_vae=True,
     base="sd_xl_base_1.0_ms.ckpt or sd_xl_base_1.0.safetensors", base_flag="--sd_xl_base",
     tool="tools/merge_ckpts_sdxl.py",
     adapter="ip-adapter_sdxl.safetensors or a finetuned SDXL-base-1.0-N_ip_only.ckpt",

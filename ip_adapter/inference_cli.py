@@ -81,8 +81,8 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
     add("--ip_adapter", "--ip_adpater", type=existing_file,
         help="adapter to use instead of the checkpoint's: published, or finetuned by the training script")
     add("--vae", type=existing_file, help="autoencoder to use instead of the checkpoint's")
-    add_device_flags(parser, "0 on Ascend; on the CPU 1, but for SD-1.5's denoiser and "
-                     "decoder where compiling them takes less time than it saves")
+    add_device_flags(parser, "0 on Ascend; on the CPU 1, but for denoiser and decoder where compiling them "
+                     "takes less time than it saves")
     add("--graph_cache", type=Path, metavar="FOLDER", help="where compiled graphs are kept for later runs like this "
         "one, or none (default: on the CPU ~/.cache/ip_adapter, on Ascend none)")
     add("--output_path", "--save_path", type=Path, default=Path(config.output_path), help="output folder")

@@ -36,7 +36,8 @@ OWN_FLAGS = ("guider", "discretization", "orig_height", "orig_width", "crop_coor
              "paste_original", "mask_blur", "control_image", "control_scale", "control_start", "control_end", "canny",
              "guidance_start", "guidance_end", "deep_every")
 # From so many positions of latents on, over all steps, graphs of denoiser and decoder save more time on the CPU than
-# they take to compile: half a minute for SD-1.5, and a third of each step. Eight guided steps of 512x512 have them.
+# they take to compile: half a minute for SD-1.5, one for SDXL, and a third of each step. Eight guided steps of 512x512
+# have them.
 COMPILED_POSITIONS = 1 << 16
 
 
@@ -162,7 +163,7 @@ class Run:
 
     def _compiles(self, graphs: RunGraphs | None) -> bool:
         """Whether denoiser and decoder as graphs save time, and no flag says what to do."""
-        if self.args.ms_mode is not None or default_mode() == 0 or not self.args.family.compiled:
+        if self.args.ms_mode is not None or default_mode() == 0:
             return False
         if graphs and (graphs.kept or self.args.graph_cache is not None):
             return True
