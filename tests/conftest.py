@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
 
@@ -19,7 +20,8 @@ from ip_adapter.cli import execute
 from ip_adapter.drawn_world import caption, draw, random_scene
 from ip_adapter.families import SD15, SDXL
 from ip_adapter.merge import merge
-from ip_adapter.standins import MINIATURE_XL, write_standins
+from ip_adapter.parts import ModelSizes
+from ip_adapter.standins import MINIATURE, MINIATURE_XL, write_standins
 from ldm.checkpoint_file import open_checkpoint
 from ldm.device import start_device
 
@@ -28,6 +30,15 @@ DATA = Path(__file__).resolve().parent / "data"
 MPI_FLAGS = ["--allow-run-as-root", "--oversubscribe"]
 
 RNG = np.random.default_rng(0)
+
+
+def shallow(sizes: ModelSizes) -> ModelSizes:
+    """The same with half of the blocks, for what scripts do with networks; numbers were recorded with all of them."""
+    unet = replace(sizes.unet, channel_mult=(1, 2), transformer_depth=(0, 1), middle_depth=1)
+    return replace(sizes, unet=unet, vae=replace(sizes.vae, num_res_blocks=1))
+
+
+SHALLOW, SHALLOW_XL = shallow(MINIATURE), shallow(MINIATURE_XL)
 
 # Tests side by side (-n 2) share the cores out: networks this small take twice as long on threads that wait for cores.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
@@ -54,8 +65,8 @@ def graphs_of_these_tests(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def standins(tmp_path_factory) -> dict:
-    """The published files of SD-1.5, small, by the merge tool's flags."""
-    return write_standins(tmp_path_factory.mktemp("standins"))
+    """The published files of SD-1.5, small and shallow, by the merge tool's flags."""
+    return write_standins(tmp_path_factory.mktemp("standins"), SHALLOW)
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +87,8 @@ def merged_control(standins, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def standins_xl(tmp_path_factory) -> dict:
-    """The published files of SDXL, small, by the merge tool's flags."""
-    return write_standins(tmp_path_factory.mktemp("standins_xl"), MINIATURE_XL, family=SDXL)
+    """The published files of SDXL, small and shallow, by the merge tool's flags."""
+    return write_standins(tmp_path_factory.mktemp("standins_xl"), SHALLOW_XL, family=SDXL)
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +96,28 @@ def merged_xl(standins_xl, tmp_path_factory) -> Path:
     """The merged checkpoint of SDXL's stand-ins, with a ControlNet."""
     path = tmp_path_factory.mktemp("merged") / "sd_xl_base_1.0_ms_ip_adapter.ckpt"
     merge(SDXL, **standins_xl, out=path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def standins_recorded(tmp_path_factory) -> dict:
+    """The stand-ins of SD-1.5 that numbers were recorded with."""
+    return write_standins(tmp_path_factory.mktemp("standins_recorded"))
+
+
+@pytest.fixture(scope="session")
+def recorded(standins_recorded, tmp_path_factory) -> Path:
+    """What those are merged into, with a ControlNet."""
+    path = tmp_path_factory.mktemp("recorded") / "sd_v1.5_ip_adapter_controlnet.ckpt"
+    merge(SD15, **standins_recorded, out=path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def recorded_xl(tmp_path_factory) -> Path:
+    """The same of SDXL."""
+    path = tmp_path_factory.mktemp("recorded") / "sd_xl_base_1.0_ms_ip_adapter.ckpt"
+    merge(SDXL, **write_standins(tmp_path_factory.mktemp("standins_recorded"), MINIATURE_XL, family=SDXL), out=path)
     return path
 
 

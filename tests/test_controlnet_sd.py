@@ -13,7 +13,7 @@ from controlnet_sd import main
 from ip_adapter.families import SD15
 from ip_adapter.merge import merge
 from ip_adapter.standins import MINIATURE, write_standins
-from tests.conftest import DATA, assert_mistakes, pictures, psnr
+from tests.conftest import DATA, SHALLOW, assert_mistakes, pictures, psnr
 
 RECORDED = ["--img", DATA / "input.png", "--latents", DATA / "sd_latents.npy", "--H", "72", "--W", "104",
             "--sampling_steps", "7", "--prompt", "a red circle", "--ip_scale", "0.8", "--n_samples", "2"]
@@ -23,13 +23,13 @@ SMALL = ["--img", DATA / "input.png", "--control_image", DATA / "hint.png", "--H
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory) -> dict:
-    """Stand-ins with other values."""
+    """The recorded stand-ins with other values."""
     return write_standins(tmp_path_factory.mktemp("second"), MINIATURE, seed=1)
 
 
-def test_the_picture_of_diffusers(merged_control, tmp_path, outcome):
+def test_the_picture_of_diffusers(recorded, tmp_path, outcome):
     """Recorded by tests/record/record_sd.sh: acts in steps 2 to 5 of 7."""
-    status, said = outcome(main, *RECORDED, "--ckpt_path", merged_control, "--control_img", DATA / "hint.png",
+    status, said = outcome(main, *RECORDED, "--ckpt_path", recorded, "--control_img", DATA / "hint.png",
                            "--control_scale", "0.9", "--control_start", "0.1", "--control_end", "0.8",
                            "--output_path", tmp_path)
     assert status == 0, said
@@ -40,11 +40,11 @@ def test_the_picture_of_diffusers(merged_control, tmp_path, outcome):
 
 
 @pytest.mark.parametrize("from_merged", [True, False])
-def test_two_controlnets_and_an_inpainting_of_diffusers(merged_control, standins, second, tmp_path, outcome,
+def test_two_controlnets_and_an_inpainting_of_diffusers(recorded, standins_recorded, second, tmp_path, outcome,
                                                        from_merged):
     """Recorded with strength 1; the first ControlNet is the checkpoint's own, or given as a file like the second."""
-    first = [] if from_merged else ["--controlnet", standins["controlnet"]]
-    status, said = outcome(image_inpainting_sd.main, *RECORDED, "--ckpt_path", merged_control, "--ref_img",
+    first = [] if from_merged else ["--controlnet", standins_recorded["controlnet"]]
+    status, said = outcome(image_inpainting_sd.main, *RECORDED, "--ckpt_path", recorded, "--ref_img",
                            DATA / "input.png", "--ref_mask", DATA / "mask.png", "--strength", "1",
                            "--control_image", DATA / "hint.png", "--control_image", DATA / "input.png",
                            *first, "--controlnet", second["controlnet"], "--control_scale", "0.9",
@@ -67,8 +67,9 @@ def test_without_influence_it_is_image_variation(merged_control, tmp_path, outco
     assert psnr(full, variation) < 40
 
 
-def test_parts_given_directly_equal_a_new_merge(merged_control, standins, second, tmp_path, outcome):
-    parts = {flag: second[flag] for flag in ("ip_adapter", "vae", "controlnet")}
+def test_parts_given_directly_equal_a_new_merge(merged_control, standins, tmp_path, outcome):
+    other = write_standins(tmp_path / "other", SHALLOW, seed=1)
+    parts = {flag: other[flag] for flag in ("ip_adapter", "vae", "controlnet")}
     out = tmp_path / "merged.ckpt"
     merge(SD15, **{**standins, **parts}, out=out)
     outcome(main, "--ckpt_path", out, *SMALL, "--output_path", tmp_path)
@@ -127,7 +128,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(merged, merged_control, st
     hint = DATA / "hint.png"
     cut = folder / "cut.safetensors"
     cut.write_bytes(standins["controlnet"].read_bytes()[:3000])
-    wide = write_standins(folder / "wide", replace(MINIATURE, unet=replace(MINIATURE.unet, model_channels=64)))
+    wide = write_standins(folder / "wide", replace(SHALLOW, unet=replace(SHALLOW.unet, model_channels=64)))
     assert_mistakes(outcome, main, ["--ckpt_path", merged_control, *SMALL], {
         "--control_image": (["--control_image", folder / "absent.png"], "absent.png: no such file"),
         "not a picture": (["--control_image", folder / "text.png"], "--control_image .*is not a picture"),

@@ -26,10 +26,11 @@ def words(merged):
             DATA / "mask.png", "--H", "72", "--W", "104", "--sampling_steps", "3", "--n_samples", "1"]
 
 
-def test_the_picture_of_diffusers(words, tmp_path, outcome):
+def test_the_picture_of_diffusers(words, recorded, tmp_path, outcome):
     """Recorded by tests/record/record_sd.sh: 4 of 7 steps, kept pixels put back."""
-    status, said = outcome(main, *words, "--latents", DATA / "sd_latents.npy", "--n_samples", "2", "--sampling_steps",
-                           "7", "--prompt", "a red circle", "--ip_scale", "0.8", "--output_path", tmp_path)
+    status, said = outcome(main, *words, "--ckpt_path", recorded, "--latents", DATA / "sd_latents.npy", "--n_samples",
+                           "2", "--sampling_steps", "7", "--prompt", "a red circle", "--ip_scale", "0.8",
+                           "--output_path", tmp_path)
     assert status == 0, said
     made = pictures(tmp_path)
     assert len(made) == 2
@@ -64,14 +65,13 @@ def test_the_mask_may_have_another_size(words, tmp_path, outcome, mask, original
 
 
 @pytest.mark.slow
-def test_demo_with_a_controlnet_in_graph_mode(tmp_path):
+def test_a_controlnet_in_graph_mode(words, merged_control, tmp_path):
     for mode in ("0", "1"):
-        result = shell("python", ROOT / "image_inpainting_sd.py", "--version", "demo", "--ms_mode", mode, "--H", "64",
-                       "--control_image", ROOT / "assets" / "demo_hint.png", "--n_samples", "1", "--sampling_steps",
-                       "3", "--output_path", tmp_path, cwd=tmp_path)
+        result = shell("python", ROOT / "image_inpainting_sd.py", *words, "--ckpt_path", merged_control, "--ms_mode",
+                       mode, "--control_image", DATA / "hint.png", "--output_path", tmp_path, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     graph, pynative = pictures(tmp_path)
-    assert graph.shape == (64, 64, 3) and psnr(graph, pynative) > 70
+    assert graph.shape == (72, 104, 3) and psnr(graph, pynative) > 70
 
 
 def test_every_mistake_is_one_line_and_leaves_nothing(words, tmp_path, outcome):

@@ -16,9 +16,9 @@ def words(merged, picture):
     return ["--ckpt_path", merged, "--img", picture, *REFERENCE]
 
 
-def test_the_picture_of_diffusers(merged, tmp_path, outcome, picture):
+def test_the_picture_of_diffusers(recorded, tmp_path, outcome):
     """Recorded by tests/record/record_sd.sh: 4 of 7 steps, the reference resized to 104x72."""
-    status, said = outcome(main, "--ckpt_path", merged, "--img", DATA / "input.png", "--ref_img", DATA / "input.png",
+    status, said = outcome(main, "--ckpt_path", recorded, "--img", DATA / "input.png", "--ref_img", DATA / "input.png",
                            "--latents", DATA / "sd_latents.npy", "--H", "72", "--W", "104", "--sampling_steps", "7",
                            "--n_iter", "2", "--prompt", "a red circle", "--ip_scale", "0.8", "--output_path", tmp_path)
     assert status == 0, said

@@ -17,11 +17,11 @@ from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures, psnr, 
 SMALL = ["--H", "64", "--W", "64", "--sampling_steps", "2"]
 
 
-def test_the_picture_of_diffusers(merged, tmp_path, outcome):
+def test_the_picture_of_diffusers(recorded, tmp_path, outcome):
     """Recorded by tests/record/record_sd.sh, at an odd latent size; rounding alone leaves more than 80 dB."""
-    status, _ = outcome(main, "--ckpt_path", merged, "--img", DATA / "input.png", "--latents", DATA / "sd_latents.npy",
-                        "--H", "72", "--W", "104", "--sampling_steps", "7", "--prompt", "a red circle",
-                        "--ip_scale", "0.8", "--output_path", tmp_path)
+    status, _ = outcome(main, "--ckpt_path", recorded, "--img", DATA / "input.png", "--latents",
+                        DATA / "sd_latents.npy", "--H", "72", "--W", "104", "--sampling_steps", "7", "--prompt",
+                        "a red circle", "--ip_scale", "0.8", "--output_path", tmp_path)
     assert status == 0
     made = pictures(tmp_path)
     assert len(made) == 2

@@ -9,6 +9,7 @@ from PIL import Image
 
 import controlnet_sdxl
 from image_variation_sdxl import main
+from ip_adapter import run
 from ip_adapter.build import ExtraParts, ImagePromptModel, build_model
 from ip_adapter.config import ROOT, InferenceConfig, load_config
 from ip_adapter.families import SDXL
@@ -31,10 +32,11 @@ def words(merged_xl, tmp_path_factory) -> list:
 @pytest.mark.parametrize("task, script, flags", [
     ("image_variation", main, []),
     ("controlnet", controlnet_sdxl.main, ["--control_image", DATA / "hint.png"])])
-def test_the_picture_of_diffusers(words, tmp_path, outcome, task, script, flags):
+def test_the_picture_of_diffusers(words, recorded_xl, tmp_path, outcome, task, script, flags):
     """Recorded by tests/record/record_sdxl.sh, at an odd latent size; rounding alone leaves more than 80 dB."""
-    status, said = outcome(script, *words, "--H", "72", "--W", "104", "--sample_step", "7", "--prompt", "a red circle",
-                           "--ip_scale", "0.8", "--latents", DATA / "sd_latents.npy", *flags, "--output_path", tmp_path)
+    status, said = outcome(script, *words, "--weight", recorded_xl, "--H", "72", "--W", "104", "--sample_step", "7",
+                           "--prompt", "a red circle", "--ip_scale", "0.8", "--latents", DATA / "sd_latents.npy",
+                           *flags, "--output_path", tmp_path)
     assert status == 0, said
     made = pictures(tmp_path)
     assert len(made) == 2
@@ -138,6 +140,19 @@ def test_unet_is_gone_when_the_last_picture_is_decoded(words, tmp_path, outcome,
                                tmp_path)
         assert status == 0, said
     assert seen == [False, True] * 2
+
+
+@pytest.mark.slow
+def test_graphs_are_compiled_where_that_saves_time(words, tmp_path, outcome, monkeypatch):
+    """They make the picture that is made operator by operator."""
+    compiled, compile_ = [], LatentDiffusion.compile
+    monkeypatch.setattr(LatentDiffusion, "compile", lambda diffusion: compiled.append(compile_(diffusion)))
+    monkeypatch.setattr(run, "use_graphs", lambda *_: None)
+    for positions in (1 << 30, 1):
+        monkeypatch.setattr(run, "COMPILED_POSITIONS", positions)
+        status, said = outcome(main, *words, "--num_cols", "1", "--output_path", tmp_path)
+        assert status == 0, said
+    assert len(compiled) == 1 and psnr(*pictures(tmp_path)) > 70
 
 
 def test_the_tools(standins_xl, merged_xl, tmp_path, outcome):

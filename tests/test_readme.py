@@ -14,9 +14,9 @@ from PIL import Image
 
 from ip_adapter.families import SDXL
 from ip_adapter.image_prompt import ImageProjConfig
-from ip_adapter.standins import MINIATURE, MINIATURE_XL, write_clip_standin, write_standins
+from ip_adapter.standins import write_clip_standin, write_standins
 from ldm.checkpoint_file import save_arrays
-from tests.conftest import DATA, ROOT, arrays, narrow_xl, shell
+from tests.conftest import DATA, ROOT, SHALLOW, SHALLOW_XL, arrays, narrow_xl, shell
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def workplace(standins, standins_xl, merged, tmp_path_factory):
     save_arrays(folder / "runs" / "ckpt" / "sd-2000.ckpt", adapter)
     xl = folder / "checkpoints" / "sdxl_models"
     shutil.copytree(standins_xl["base"].parent, xl)
-    sizes = replace(MINIATURE_XL, image=MINIATURE.image, proj=ImageProjConfig(MINIATURE.image.embed_dim, 192))
+    sizes = replace(SHALLOW_XL, image=SHALLOW.image, proj=ImageProjConfig(SHALLOW.image.embed_dim, 192))
     vit_h = write_standins(tmp_path_factory.mktemp("vit-h"), sizes, family=SDXL)["ip_adapter"]
     shutil.copy(vit_h, xl / "IP-Adapter" / "ip-adapter_sdxl_vit-h.safetensors")
     narrow_xl("inference/sd_xl_base.yaml", folder / "small_xl.yaml")

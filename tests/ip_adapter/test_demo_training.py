@@ -25,10 +25,9 @@ from ip_adapter.families import SD15, SDXL
 from ip_adapter.merge import merge
 from ip_adapter.model_file import network_parameters, save_model
 from ip_adapter.patch import unpatch_cross_attention
-from ip_adapter.standins import MINIATURE
 from ip_adapter.training import NoisePredictionLoss
 from ldm.modules.controlnet import ControlNet
-from tests.conftest import ROOT, arrays
+from tests.conftest import ROOT, SHALLOW, arrays
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +147,7 @@ def test_a_controlnet_starts_in_silence(model):
     controlnet = ControlNet(unet.config)
     start_at_zero(controlnet, r"^(zero_convs|middle_block_out)\.")
     batch = [Tensor(rng.standard_normal(shape).astype(np.float32)) for shape in (
-        (2, 4, 4, 4), (2,), (2, 4, 4, 4), (2, 77, MINIATURE.unet.context_dim))] + [None]
+        (2, 4, 4, 4), (2,), (2, 4, 4, 4), (2, 77, SHALLOW.unet.context_dim))] + [None]
     hint = Tensor(rng.uniform(0, 1, (2, 3, 32, 32)).astype(np.float32))
     with_hint, without = ControlNetLoss(unet, controlnet)(*batch, hint), NoisePredictionLoss(unet)(*batch)
     assert float(with_hint.asnumpy()) == pytest.approx(float(without.asnumpy()), rel=1e-6)
@@ -161,7 +160,7 @@ def test_a_saved_model_is_the_model(model, bare, tmp_path):
     for name, value in after.items():
         assert value.dtype == np.float16
         np.testing.assert_array_equal(value, before[name].astype(np.float16), err_msg=name)
-    changed = {"unet.middle_block.1.transformer_blocks.0.attn2.to_k.weight": np.full((128, 128), 2, np.float32)}
+    changed = {"unet.middle_block.1.transformer_blocks.0.attn2.to_k.weight": np.full((64, 128), 2, np.float32)}
     path, = save_model(tmp_path / "changed", model, changed)
     block = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2."
     assert (arrays(path)[block + "to_k.weight"] == 2).all() and (arrays(path)[block + "to_k_ip.weight"] == 2).all()

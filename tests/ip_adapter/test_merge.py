@@ -31,6 +31,24 @@ def without(names: set, *parts: str) -> set:
 DEEPER = tuple(f"resblocks.{i}." for i in range(2, 48))
 
 
+@pytest.fixture(scope="module")
+def standins(standins_recorded) -> dict:
+    """Those with all blocks of SD-1.5, whose names the manifests have."""
+    return standins_recorded
+
+
+@pytest.fixture(scope="module")
+def merged(standins, tmp_path_factory):
+    path = tmp_path_factory.mktemp("merged") / "sd_v1.5_ip_adapter.ckpt"
+    merge(SD15, **{**standins, "controlnet": None}, out=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def merged_control(recorded):
+    return recorded
+
+
 @pytest.mark.parametrize("fixture, manifest", [("merged", "sd_v1.5_ip_adapter.ckpt"),
                                                ("merged_control", "sd_v1.5_ip_adapter.controlnet.ckpt")])
 def test_merged_names_are_those_of_the_public_layout(fixture, manifest, request):

@@ -19,8 +19,8 @@ NEGATIVE = ["monochrome, lowres, bad anatomy, worst quality, low quality"]
 
 
 @pytest.fixture(scope="module")
-def model(merged_control):
-    return build_model(merged_control, ModelConfig(), extra=ExtraParts(controlnets=[None]))
+def model(recorded):
+    return build_model(recorded, ModelConfig(), extra=ExtraParts(controlnets=[None]))
 
 
 @pytest.fixture(scope="module")
