@@ -22,8 +22,8 @@ from ip_adapter.names import IMAGE_ATTENTION, TEXT_ONLY
 from ip_adapter.parts import ModelSizes, controlnet_part, find_adapter, merged_sizes, vae_part
 from ip_adapter.patch import patch_cross_attention, set_ip_scale
 from ip_adapter.preprocess import clip_pixels, hint_pixels
-from ldm.checkpoint import Part, check, load, parameter_shapes
-from ldm.checkpoint_file import CheckpointError, CheckpointFile, leave_memory, open_checkpoint
+from ldm.checkpoint import Part, check, leave_memory, load, parameter_shapes
+from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint
 from ldm.device import DTYPES
 from ldm.model import Condition, Control, LatentDiffusion
 from ldm.modules.autoencoder import AutoencoderKL
@@ -40,15 +40,13 @@ class ImagePromptModel:
         family: of the model.
         diffusion: its networks.
         embedder: from a picture to image tokens.
-        load_rest: reads what a staged model has not read yet; None once all is there. Returns what maps the denoiser.
-        denoiser_mappings: what that returned.
+        load_rest: reads what a staged model has not read yet; None once all is there.
     """
 
     family: Family
     diffusion: LatentDiffusion
     embedder: IPAdapterImageEmbedder
     load_rest: Callable | None = None
-    denoiser_mappings: list = field(default_factory=list)
 
     def conditions(self, image: Image.Image, prompts: list) -> list:
         """What the pictures of a run are asked for.
@@ -75,6 +73,7 @@ class ImagePromptModel:
 
     def release_encoders(self) -> None:
         """Give the memory of the text and image encoders back; nothing can be encoded after this."""
+        leave_memory(*self.diffusion.text_encoders, self.embedder.image_encoder)
         self.diffusion.text_encoders.clear()
         self.embedder.image_encoder = None
         gc.collect()
@@ -84,16 +83,15 @@ class ImagePromptModel:
         if self.load_rest is None:
             return
         self.release_encoders()
-        self.denoiser_mappings = self.load_rest()
+        self.load_rest()
         self.load_rest = None
 
     def release_denoiser(self) -> None:
         """Give the memory of UNet and ControlNets back; latents can be decoded after this, and no more made."""
+        leave_memory(self.diffusion.unet, *self.diffusion.controlnets)
         self.diffusion.unet = self.diffusion.guided = None
         self.diffusion.controlnets = []
         gc.collect()
-        leave_memory(self.denoiser_mappings)  # MindSpore keeps the Parameters of a graph, also when the graph is gone
-        self.denoiser_mappings = []
 
     def controls(self, hints: list[Hint], timesteps: np.ndarray) -> list[Control]:
         """Hints, one for each ControlNet, as the denoiser takes them: once a run is enough.
@@ -185,18 +183,17 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
             autoencoder = [(vae, part)]
         controlnets = [controlnet_part(opened(file) if file else base, sizes.unet, family, kind)
                        for file in extra.controlnets]
-        denoising += controlnets
-        for cell, part in encoders if staged else encoders + denoising + autoencoder:
+        denoising += autoencoder + controlnets
+        for cell, part in encoders if staged else encoders + denoising:
             load(cell, part)
-        for cell, _ in encoders + denoising + autoencoder:
+        for cell, _ in encoders + denoising:
             cell.set_train(False)
         files = stack.pop_all() if staged else None
 
-    def load_rest() -> list:
+    def load_rest() -> None:
         with files:
-            for cell, part in autoencoder:
+            for cell, part in denoising:
                 load(cell, part)
-            return [pages for cell, part in denoising for pages in load(cell, part)]
 
     engine = DiffusionEngine if family is SDXL else LatentDiffusion
     diffusion = engine(unet, vae, texts, config.schedule(), config.scale_factor,

@@ -191,13 +191,10 @@ def read_parameter(file: CheckpointFile, source: Source) -> np.ndarray:
 _NUMPY = {mstype.float32: np.float32, mstype.float16: np.float16}
 
 
-def load(cell: nn.Cell, part: Part) -> list[mmap.mmap]:
+def load(cell: nn.Cell, part: Part) -> None:
     """Read a part into the parameters of `cell`, one tensor at a time, each in the parameter's own dtype.
 
-    Call `check` first; this only reads.
-
-    Returns:
-        What large ones are mapped by, for `ldm.checkpoint_file.leave_memory`.
+    Call `check` first; this only reads. What large tensors are mapped by is left in `cell.mappings`.
     """
     parameters, mappings = dict(cell.parameters_and_names()), []
     for path, source in part.sources().items():
@@ -206,7 +203,18 @@ def load(cell: nn.Cell, part: Part) -> list[mmap.mmap]:
         value = np.ascontiguousarray(value, dtype=_NUMPY[parameter.dtype]).reshape(parameter.shape)
         parameter.set_data(Tensor.from_numpy(value))  # shares the memory, no second copy
         mappings.append(mapping(value))
-    return [pages for pages in mappings if pages is not None]
+    cell.mappings = [*getattr(cell, "mappings", ()), *(pages for pages in mappings if pages is not None)]
+
+
+def leave_memory(*cells: nn.Cell) -> None:
+    """Give back the memory of what `load` mapped, of networks that are done with and whose values nobody changed.
+
+    MindSpore keeps the Parameters of a graph, also when cell and graph are gone. Who reads them after this reads the
+    file. Where the system has no such call, nothing happens.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for pages in (pages for cell in cells for pages in getattr(cell, "mappings", ())):
+            pages.madvise(mmap.MADV_DONTNEED)
 
 
 def plan(part: Part, target: Layout, dtype: str | None = None) -> dict:

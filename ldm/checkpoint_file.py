@@ -33,8 +33,8 @@ from ldm.formats.mindspore_ckpt import index_ckpt, write_ckpt
 from ldm.formats.safetensors_file import index_safetensors, write_safetensors
 from ldm.formats.torch_zip import index_torch
 
-__all__ = ["CheckpointError", "CheckpointFile", "TensorInfo", "leave_memory", "mapping", "open_checkpoint",
-           "save_arrays", "write_checkpoint"]
+__all__ = ["CheckpointError", "CheckpointFile", "TensorInfo", "mapping", "open_checkpoint", "save_arrays",
+           "write_checkpoint"]
 
 
 # Tensors of so many bytes are mapped, others copied: a mapping takes whole pages.
@@ -123,16 +123,6 @@ def mapping(array: np.ndarray) -> mmap.mmap | None:
         array = array.base
     owner = getattr(array, "obj", None)  # of the memoryview that the first array was made from
     return owner if isinstance(owner, mmap.mmap) else None
-
-
-def leave_memory(mappings: list[mmap.mmap]) -> None:
-    """Give back the memory of mapped tensors that nobody changed, though somebody keeps them, as a graph does.
-
-    Who reads them after this reads the file. Where the system has no such call, nothing happens.
-    """
-    if hasattr(mmap, "MADV_DONTNEED"):
-        for pages in mappings:
-            pages.madvise(mmap.MADV_DONTNEED)
 
 
 def open_checkpoint(path) -> CheckpointFile:
