@@ -18,7 +18,7 @@ from PIL import Image
 
 from ip_adapter.cli import execute
 from ip_adapter.drawn_world import caption, draw, random_scene
-from ip_adapter.families import SD15, SDXL
+from ip_adapter.families import SD15, SDXL, Family
 from ip_adapter.merge import merge
 from ip_adapter.parts import ModelSizes
 from ip_adapter.standins import MINIATURE, MINIATURE_XL, write_standins
@@ -63,6 +63,13 @@ def graphs_of_these_tests(tmp_path_factory):
         yield
 
 
+def merged_file(folder: Path, standins: dict, family: Family = SD15) -> Path:
+    """The checkpoint that stand-ins are merged into, under its usual name."""
+    path = folder / {"SD-1.5": "sd_v1.5_ip_adapter.ckpt", "SDXL": "sd_xl_base_1.0_ms_ip_adapter.ckpt"}[family.name]
+    merge(family, **standins, out=path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def standins(tmp_path_factory) -> dict:
     """The published files of SD-1.5, small and shallow, by the merge tool's flags."""
@@ -72,17 +79,13 @@ def standins(tmp_path_factory) -> dict:
 @pytest.fixture(scope="session")
 def merged(standins, tmp_path_factory) -> Path:
     """The merged checkpoint of the stand-ins, without a ControlNet."""
-    path = tmp_path_factory.mktemp("merged") / "sd_v1.5_ip_adapter.ckpt"
-    merge(SD15, **{**standins, "controlnet": None}, out=path)
-    return path
+    return merged_file(tmp_path_factory.mktemp("merged"), {**standins, "controlnet": None})
 
 
 @pytest.fixture(scope="session")
 def merged_control(standins, tmp_path_factory) -> Path:
     """The merged checkpoint of the stand-ins, with a ControlNet."""
-    path = tmp_path_factory.mktemp("merged") / "sd_v1.5_ip_adapter_controlnet.ckpt"
-    merge(SD15, **standins, out=path)
-    return path
+    return merged_file(tmp_path_factory.mktemp("merged"), standins)
 
 
 @pytest.fixture(scope="session")
@@ -94,9 +97,7 @@ def standins_xl(tmp_path_factory) -> dict:
 @pytest.fixture(scope="session")
 def merged_xl(standins_xl, tmp_path_factory) -> Path:
     """The merged checkpoint of SDXL's stand-ins, with a ControlNet."""
-    path = tmp_path_factory.mktemp("merged") / "sd_xl_base_1.0_ms_ip_adapter.ckpt"
-    merge(SDXL, **standins_xl, out=path)
-    return path
+    return merged_file(tmp_path_factory.mktemp("merged"), standins_xl, SDXL)
 
 
 @pytest.fixture(scope="session")
@@ -108,17 +109,14 @@ def standins_recorded(tmp_path_factory) -> dict:
 @pytest.fixture(scope="session")
 def recorded(standins_recorded, tmp_path_factory) -> Path:
     """What those are merged into, with a ControlNet."""
-    path = tmp_path_factory.mktemp("recorded") / "sd_v1.5_ip_adapter_controlnet.ckpt"
-    merge(SD15, **standins_recorded, out=path)
-    return path
+    return merged_file(tmp_path_factory.mktemp("recorded"), standins_recorded)
 
 
 @pytest.fixture(scope="session")
 def recorded_xl(tmp_path_factory) -> Path:
     """The same of SDXL."""
-    path = tmp_path_factory.mktemp("recorded") / "sd_xl_base_1.0_ms_ip_adapter.ckpt"
-    merge(SDXL, **write_standins(tmp_path_factory.mktemp("standins_recorded"), MINIATURE_XL, family=SDXL), out=path)
-    return path
+    standins = write_standins(tmp_path_factory.mktemp("standins_recorded"), MINIATURE_XL, family=SDXL)
+    return merged_file(tmp_path_factory.mktemp("recorded"), standins, SDXL)
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def test_graphs_are_compiled_where_that_saves_time(merged, tmp_path, outcome, mo
 
     def counted(diffusion):
         compiled.append(True)
-        if len(compiled) == 1:  # each takes half a minute
+        if len(compiled) == 1:  # once will do
             compile_(diffusion)
 
     monkeypatch.setattr(LatentDiffusion, "compile", counted)

@@ -16,7 +16,7 @@ from ldm.checkpoint import Part, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
 from ldm.modules.controlnet import ControlNet
 from ldm.names import CONTROLNET_DIFFUSERS, CONTROLNET_TORCH
-from tests.conftest import DATA, arrays
+from tests.conftest import DATA, arrays, merged_file
 
 
 def manifest_names(name: str) -> set:
@@ -39,9 +39,7 @@ def standins(standins_recorded) -> dict:
 
 @pytest.fixture(scope="module")
 def merged(standins, tmp_path_factory):
-    path = tmp_path_factory.mktemp("merged") / "sd_v1.5_ip_adapter.ckpt"
-    merge(SD15, **{**standins, "controlnet": None}, out=path)
-    return path
+    return merged_file(tmp_path_factory.mktemp("merged"), {**standins, "controlnet": None})
 
 
 @pytest.fixture(scope="module")
