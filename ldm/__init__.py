@@ -4,7 +4,7 @@ Here belong networks, their names on disk, schedules and samplers of the DDPM ki
 belongs to `gm`; image prompts, command lines and training belong to `ip_adapter`. Nothing here imports either.
 """
 
-from ldm.parallel import adopt_open_mpi
+from ldm.parallel import prepare_process
 
-adopt_open_mpi()
+prepare_process()
 import ldm.device  # noqa: E402,F401  (after that, and before all else: it sets what MindSpore reads on import)

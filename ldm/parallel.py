@@ -2,10 +2,11 @@
 
 `msrun` tells MindSpore all it needs, and so does `mpirun` on Ascend. On the CPU MindSpore does not understand Open MPI:
 there every process takes over what msrun would have given it, and rank 0 starts the scheduler that msrun would have
-started. This has to happen before MindSpore is imported, so `ldm` imports this module first.
+started. This has to happen before MindSpore is imported: scripts begin with `prepare_process`.
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import hashlib
@@ -17,13 +18,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.errors import UserError
 
+if TYPE_CHECKING:  # imported when it is needed: a script that only answers -h has no use for it
+    import numpy as np
+
 MEETING_SECONDS = 60  # how long a process waits for rank 0 to say where the scheduler is
+# How long MindSpore waits for a sign of life of another process: on a machine with more processes than cores a graph
+# compiles for minutes, and nothing else of that process runs meanwhile.
+NODE_TIMEOUT_SECONDS = 1800
+_parent = os.getppid()  # at the start, to notice when it is gone
 _scheduler: list = []  # the process that rank 0 has started, and the file that names its port
 _joined: list = []  # the group, once joined
 _adopted = False  # whether mpirun's variables were turned into MindSpore's
@@ -36,13 +42,38 @@ class Group(NamedTuple):
     size: int = 1
 
 
+def prepare_process() -> None:
+    """Set what MindSpore reads when it is imported; the first thing a script does.
+
+    Raises:
+        UserError: the variables of mpirun make no sense.
+    """
+    # MindSpore prints operator fallbacks as warnings; they are no news to somebody who wants an image. What is no
+    # level of its log ends the process when it is imported.
+    if os.environ.get("GLOG_v") not in ("0", "1", "2", "3", "4"):
+        os.environ["GLOG_v"] = "3"
+    os.environ.setdefault("MS_NODE_TIMEOUT", str(NODE_TIMEOUT_SECONDS))
+    adopt_open_mpi()
+
+
 def adopt_open_mpi() -> None:
-    """Under `mpirun` on the CPU, turn Open MPI's variables into MindSpore's; rank 0 also starts the scheduler."""
-    size = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
+    """Under `mpirun` on the CPU, turn Open MPI's variables into MindSpore's; rank 0 also starts the scheduler.
+
+    The process ends with the one that started it, also if that is killed.
+
+    Raises:
+        UserError: the variables make no sense.
+    """
+    rank, size = (os.environ.get(f"OMPI_COMM_WORLD_{name}", default) for name, default in (("RANK", "0"), ("SIZE", "1")))
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise UserError(f"OMPI_COMM_WORLD_RANK {rank} and OMPI_COMM_WORLD_SIZE {size} are no rank and size, as mpirun "
+                        "sets them; unset both, or start the script by mpirun")
+    size = int(size)
     if size == 1 or "MS_ROLE" in os.environ or glob.glob("/dev/davinci*"):
         return
     global _adopted
-    _adopted, rank = True, os.environ["OMPI_COMM_WORLD_RANK"]
+    _adopted = True
+    _end_with_parent(signal.SIGTERM)
     job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid", str(os.getppid()))
     name = hashlib.sha256(f"{os.getuid()} {job} {os.getppid()}".encode()).hexdigest()[:16]
     meeting = Path(tempfile.gettempdir()) / f"ip_adapter-{name}.port"
@@ -68,7 +99,8 @@ def _start_scheduler(meeting: Path) -> None:
     parent = os.getpid()
 
     def die_with_parent() -> None:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _end_with_parent(signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if os.getppid() != parent:
             os._exit(1)
 
@@ -79,6 +111,23 @@ def _start_scheduler(meeting: Path) -> None:
     unfinished.write_text(os.environ["MS_SCHED_PORT"])
     unfinished.replace(meeting)
     _scheduler.append((process, meeting))
+
+
+def _end_with_parent(number: int) -> None:
+    """Ask the system for a signal when the process that started this one is gone; of no effect where it knows no such.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def orphaned() -> bool:
+    """Whether this is a process of mpirun's, and mpirun is gone."""
+    return _adopted and os.getppid() != _parent
+
+
+def lost_each_other(error: RuntimeError) -> bool:
+    """Whether an error of MindSpore's says that processes that had joined can no longer reach each other."""
+    return bool(_joined) and _joined[0].size > 1
 
 
 def _read_port(meeting: Path) -> str:
@@ -127,10 +176,9 @@ def _wait_for_all() -> None:
     Rank 0 sends the sum to the others and waits until it is taken. One that has it may be gone before rank 0 knows,
     which then sees a failure; but nobody has it who is not done, so that is as good. The pause makes it rare.
     """
-    try:
+    import numpy as np
+    with contextlib.suppress(RuntimeError):
         average(np.zeros(1, np.float32))
-    except RuntimeError:
-        pass
     if _joined[0].rank:
         time.sleep(1)
 
