@@ -1,28 +1,40 @@
-"""A picture as a prompt and another for the structure: SDXL with an IP-Adapter and ControlNets.
+"""A image as a prompt and another for the structure: SDXL with an IP-Adapter and ControlNets.
 
 python controlnet_sdxl.py --img statue.png --control_image depth.png --num_cols 3
 """
 from __future__ import annotations
 
-from gm.choices import guidance
-from gm.denoiser import starting_noise, timesteps_of
-from gm.discretizer import discretize
-from gm.sampler import SAMPLERS
-from ip_adapter.cli import config_from, execute
-from ip_adapter.families import SDXL
-from ip_adapter.inference_cli import INFERENCE_SDXL, add_edm_flags, inference_parser, start
-from ip_adapter.inputs import open_inputs
-from ip_adapter.run import open_run
+from typing import TYPE_CHECKING
+
+from ip_adapter.script import run_script
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from ip_adapter.config import InferenceConfig
 
 
 def main(argv: list | None = None) -> None:
-    """Parse the flags, build the model, make the pictures."""
+    """Parse the flags, then make the images."""
+    from ip_adapter.cli import config_from
+    from ip_adapter.families import SDXL
+    from ip_adapter.inference_cli import INFERENCE_SDXL, add_edm_flags, inference_args, inference_parser, start
     version, config = config_from(argv, INFERENCE_SDXL)
     parser = inference_parser(__doc__, version, config, controlled=True, family=SDXL)
     add_edm_flags(parser, config)
-    args = parser.parse_args(argv)
+    args = inference_args(parser, argv)
     start(args)
+    make(args, config)
 
+
+def make(args: Namespace, config: InferenceConfig) -> None:
+    """Build the model and make the images; MindSpore is imported here, once the flags are found good."""
+    from gm.choices import guidance
+    from gm.denoiser import starting_noise, timesteps_of
+    from gm.discretizer import discretize
+    from gm.sampler import SAMPLERS
+    from ip_adapter.inputs import open_inputs
+    from ip_adapter.run import open_run
     inputs, args.scale = open_inputs(args), guidance(args.guider, args.scale)
     schedule = config.model.schedule()
     sigmas = discretize(args.discretization, args.sampling_steps, schedule=schedule)
@@ -35,4 +47,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

@@ -1,30 +1,50 @@
-"""A part of a picture repainted after the model of another, with Stable Diffusion 1.5 and an IP-Adapter.
+"""A part of an image repainted after the model of another, with Stable Diffusion 1.5 and an IP-Adapter.
 
 python image_inpainting_sd.py --img girl.png --ref_img image.png --ref_mask mask.png
 """
 from __future__ import annotations
 
-from ip_adapter.cli import config_from, execute, in_range
-from ip_adapter.inference_cli import INFERENCE_SD, add_mask_flags, add_picture, inference_parser, start
-from ip_adapter.inputs import open_inputs
-from ip_adapter.reference import Reference
-from ip_adapter.run import open_run
-from ldm.ddim import sample_ddim
-from ldm.schedule import leading_timesteps
+from typing import TYPE_CHECKING
+
+from ip_adapter.script import run_script
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from ip_adapter.config import InferenceConfig
 
 
 def main(argv: list | None = None) -> None:
-    """Parse the flags, build the model, make the pictures."""
+    """Parse the flags, then make the images."""
+    from ip_adapter.cli import config_from, in_range
+    from ip_adapter.inference_cli import (
+        INFERENCE_SD,
+        REFERENCE_NAMES,
+        add_image,
+        add_mask_flags,
+        inference_args,
+        inference_parser,
+        start,
+    )
     version, config = config_from(argv, INFERENCE_SD)
-    parser = inference_parser(__doc__, version, config)
-    add_picture(parser, "--ref_img", config.ref_img, "the picture to repaint; its size is that of the output")
-    add_picture(parser, "--ref_mask", config.ref_mask, "what to repaint: white; black is kept")
+    parser = inference_parser(__doc__, version, config, other_names=REFERENCE_NAMES)
+    add_image(parser, "--ref_img", config.ref_img, "the image to repaint; its size is that of the output")
+    add_image(parser, "--ref_mask", config.ref_mask, "what to repaint: white; black is kept")
     parser.add_argument("--strength", type=in_range(float, 0, 1), default=0.7,
                         help="how much is changed: this part of the steps is run; 1 starts from noise alone")
     add_mask_flags(parser)
-    args = parser.parse_args(argv)
+    args = inference_args(parser, argv)
     start(args)
+    make(args, config)
 
+
+def make(args: Namespace, config: InferenceConfig) -> None:
+    """Build the model and make the images; MindSpore is imported here, once the flags are found good."""
+    from ip_adapter.inputs import open_inputs
+    from ip_adapter.reference import Reference
+    from ip_adapter.run import open_run
+    from ldm.ddim import sample_ddim
+    from ldm.schedule import leading_timesteps
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps, args.strength)
     run, model = open_run(args, config, inputs, timesteps)
     schedule = model.diffusion.schedule
@@ -38,4 +58,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

@@ -1,28 +1,47 @@
-"""A reference picture changed after the model of another, with Stable Diffusion 1.5 and an IP-Adapter.
+"""A reference image changed after the model of another, with Stable Diffusion 1.5 and an IP-Adapter.
 
 python image_to_image_sd.py --img river.png --ref_img vermeer.jpg --strength 0.6
 """
 from __future__ import annotations
 
-from ip_adapter.cli import config_from, execute, in_range
-from ip_adapter.inference_cli import INFERENCE_SD, add_picture, inference_parser, start
-from ip_adapter.inputs import open_inputs
-from ip_adapter.reference import Reference
-from ip_adapter.run import open_run
-from ldm.ddim import sample_ddim
-from ldm.schedule import leading_timesteps
+from typing import TYPE_CHECKING
+
+from ip_adapter.script import run_script
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from ip_adapter.config import InferenceConfig
 
 
 def main(argv: list | None = None) -> None:
-    """Parse the flags, build the model, make the pictures."""
+    """Parse the flags, then make the images."""
+    from ip_adapter.cli import config_from, in_range
+    from ip_adapter.inference_cli import (
+        IMAGE_NAMES,
+        INFERENCE_SD,
+        add_image,
+        inference_args,
+        inference_parser,
+        start,
+    )
     version, config = config_from(argv, INFERENCE_SD)
-    parser = inference_parser(__doc__, version, config)
-    add_picture(parser, "--ref_img", config.ref_img, "the picture to change; its size is that of the output")
+    parser = inference_parser(__doc__, version, config, other_names=IMAGE_NAMES)
+    add_image(parser, "--ref_img", config.ref_img, "the image to change; its size is that of the output")
     parser.add_argument("--strength", type=in_range(float, 0, 1), default=0.6,
                         help="how much is changed: this part of the steps is run; 1 keeps next to nothing")
-    args = parser.parse_args(argv)
+    args = inference_args(parser, argv)
     start(args)
+    make(args, config)
 
+
+def make(args: Namespace, config: InferenceConfig) -> None:
+    """Build the model and make the images; MindSpore is imported here, once the flags are found good."""
+    from ip_adapter.inputs import open_inputs
+    from ip_adapter.reference import Reference
+    from ip_adapter.run import open_run
+    from ldm.ddim import sample_ddim
+    from ldm.schedule import leading_timesteps
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps, args.strength)
     run, model = open_run(args, config, inputs, timesteps)
     schedule = model.diffusion.schedule
@@ -35,4 +54,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

@@ -1,23 +1,35 @@
-"""Variations of a picture with Stable Diffusion 1.5 and an IP-Adapter.
+"""Variations of an image with Stable Diffusion 1.5 and an IP-Adapter.
 
 python image_variation_sd.py --img photo.jpg --prompt "wearing a hat" --ip_scale 0.6
 """
 from __future__ import annotations
 
-from ip_adapter.cli import config_from, execute
-from ip_adapter.inference_cli import INFERENCE_SD, inference_parser, start
-from ip_adapter.inputs import open_inputs
-from ip_adapter.run import open_run
-from ldm.ddim import sample_ddim
-from ldm.schedule import leading_timesteps
+from typing import TYPE_CHECKING
+
+from ip_adapter.script import run_script
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from ip_adapter.config import InferenceConfig
 
 
 def main(argv: list | None = None) -> None:
-    """Parse the flags, build the model, make the pictures."""
+    """Parse the flags, then make the images."""
+    from ip_adapter.cli import config_from
+    from ip_adapter.inference_cli import INFERENCE_SD, inference_args, inference_parser, start
     version, config = config_from(argv, INFERENCE_SD)
-    args = inference_parser(__doc__, version, config).parse_args(argv)
+    args = inference_args(inference_parser(__doc__, version, config), argv)
     start(args)
+    make(args, config)
 
+
+def make(args: Namespace, config: InferenceConfig) -> None:
+    """Build the model and make the images; MindSpore is imported here, once the flags are found good."""
+    from ip_adapter.inputs import open_inputs
+    from ip_adapter.run import open_run
+    from ldm.ddim import sample_ddim
+    from ldm.schedule import leading_timesteps
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps)
     run, model = open_run(args, config, inputs, timesteps)
     schedule = model.diffusion.schedule
@@ -25,4 +37,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

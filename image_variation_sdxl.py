@@ -1,41 +1,62 @@
-"""Variations of a picture with SDXL and an IP-Adapter; with a reference, that is changed or in part repainted.
+"""Variations of an image with SDXL and an IP-Adapter; with a reference, that is changed or in part repainted.
 
 python image_variation_sdxl.py --img photo.jpg --prompt "wearing a hat" --ip_scale 0.6 --num_cols 4
 python image_variation_sdxl.py --img river.png --ref_img vermeer.jpg --strength 0.6
 """
 from __future__ import annotations
 
-from gm.choices import guidance
-from gm.denoiser import add_noise, starting_noise, timesteps_of
-from gm.discretizer import discretize
-from gm.sampler import SAMPLERS
-from ip_adapter.cli import config_from, execute, existing_file, in_range
-from ip_adapter.families import SDXL
-from ip_adapter.inference_cli import INFERENCE_SDXL, add_edm_flags, add_mask_flags, inference_parser, start
-from ip_adapter.inputs import open_inputs
-from ip_adapter.reference import Reference
-from ip_adapter.run import open_run
+from typing import TYPE_CHECKING
+
+from ip_adapter.script import run_script
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from ip_adapter.config import InferenceConfig
 
 
 def main(argv: list | None = None) -> None:
-    """Parse the flags, build the model, make the pictures."""
+    """Parse the flags, then make the images."""
+    from ip_adapter.cli import config_from, existing_file, in_range
+    from ip_adapter.families import SDXL
+    from ip_adapter.inference_cli import (
+        INFERENCE_SDXL,
+        PROMPT_NAMES,
+        REFERENCE_NAMES,
+        add_edm_flags,
+        add_mask_flags,
+        inference_args,
+        inference_parser,
+        start,
+    )
     version, config = config_from(argv, INFERENCE_SDXL)
-    parser = inference_parser(__doc__, version, config, family=SDXL)
+    parser = inference_parser(__doc__, version, config, family=SDXL, other_names={**REFERENCE_NAMES, **PROMPT_NAMES})
     add_edm_flags(parser, config)
-    parser.add_argument("--ref_img", type=existing_file, help="a picture to change; its size is that of the output")
-    parser.add_argument("--ref_mask", type=existing_file, help="what of it to repaint: white; black is kept")
-    parser.add_argument("--strength", type=in_range(float, 0, 1),
-                        help="how much of it is changed: this part of the steps is run (default: 0.6, with --ref_mask "
-                             "0.7)")
+    add = parser.add_argument_group("reference").add_argument
+    add("--ref_img", type=existing_file, help="an image to change; its size is that of the output")
+    add("--ref_mask", type=existing_file, help="what of it to repaint: white; black is kept")
+    add("--strength", type=in_range(float, 0, 1),
+        help="how much of it is changed: this part of the steps is run (default: 0.6, with --ref_mask 0.7)")
     add_mask_flags(parser)
-    args = parser.parse_args(argv)
-    start(args)
+    args = inference_args(parser, argv)
     if args.ref_img is None and (args.ref_mask or args.strength is not None):
         raise UserError(f"{'--ref_mask' if args.ref_mask else '--strength'} has nothing to act on; give --ref_img FILE")
     if args.ref_img and args.strength is None:
         args.strength = 0.7 if args.ref_mask else 0.6
+    start(args)
+    make(args, config)
 
+
+def make(args: Namespace, config: InferenceConfig) -> None:
+    """Build the model and make the images; MindSpore is imported here, once the flags are found good."""
+    from gm.choices import guidance
+    from gm.denoiser import add_noise, starting_noise, timesteps_of
+    from gm.discretizer import discretize
+    from gm.sampler import SAMPLERS
+    from ip_adapter.inputs import open_inputs
+    from ip_adapter.reference import Reference
+    from ip_adapter.run import open_run
     inputs, args.scale = open_inputs(args), guidance(args.guider, args.scale)
     strength, schedule = 1.0 if args.ref_img is None else args.strength, config.model.schedule()
     sigmas = discretize(args.discretization, args.sampling_steps, strength, schedule)
@@ -50,4 +71,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

@@ -1,19 +1,19 @@
-"""Train an IP-Adapter for Stable Diffusion 1.5, from scratch or further, on pictures with captions.
+"""Train an IP-Adapter for Stable Diffusion 1.5, from scratch or further, on images with captions.
 
 python train_sd.py --data_path datasets/pokemon_blip/train \
     --pretrained_model_path checkpoints/sd_models/merged/sd_v1.5_ip_adapter.ckpt
 """
 from __future__ import annotations
 
-from ip_adapter.adapter_training import training_script
-from ip_adapter.cli import execute
-from ip_adapter.families import SD15
+from ip_adapter.script import run_script
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, train, save."""
+    from ip_adapter.families import SD15
+    from ip_adapter.training_cli import training_script
     training_script(__doc__, SD15, argv)
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

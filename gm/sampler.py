@@ -79,5 +79,6 @@ def _kept(x: Tensor, level: float, keep: Callable | None) -> Tensor:
     return x if keep is None else keep(x, level if level > 0 else None)
 
 
+# By the names of `gm.choices`.
 SAMPLERS = {"EulerEDMSampler": sample_euler, "EulerAncestralSampler": sample_euler_ancestral,
             "HeunEDMSampler": sample_heun, "DPMPP2MSampler": sample_dpmpp_2m}

@@ -5,6 +5,4 @@ command lines, building and merging models, training. Networks both families sha
 SDXL has to `gm`.
 """
 
-import ldm  # noqa: F401  (before MindSpore)
-
 __version__ = "0.1.0"

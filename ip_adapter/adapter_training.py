@@ -1,4 +1,4 @@
-"""Training of an adapter, from scratch or further, on pictures with captions: what both training scripts do."""
+"""Training of an adapter, from scratch or further, on images with captions: what both training scripts do."""
 from __future__ import annotations
 
 import argparse
@@ -9,7 +9,7 @@ import numpy as np
 from ip_adapter.adapter_file import adapter_parameters, save_adapter
 from ip_adapter.buckets import BucketStream, find_buckets, one_bucket
 from ip_adapter.build import build_model
-from ip_adapter.cli import config_from, first_existing
+from ip_adapter.cli import first_existing
 from ip_adapter.config import TrainingConfig
 from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.families import Family
@@ -17,24 +17,9 @@ from ip_adapter.feature_cache import FeatureBatch, FeatureCache
 from ip_adapter.features import FrozenEncoders
 from ip_adapter.stream import Batch, Loader, samples_of, stack
 from ip_adapter.training import AdamW, NoisePredictionLoss, TrainStep, recompute_blocks
-from ip_adapter.training_cli import TRAINING, start_training, training_parser
 from ip_adapter.training_run import TrainingRun, optimizer_config
 from ip_adapter.validation import Validation
 from ldm.parallel import Group
-
-
-def training_script(description: str, family: Family, argv: list | None = None) -> None:
-    """Parse the flags of a training script, build the model, train, save.
-
-    Args:
-        description: of the script.
-        family: of the model.
-        argv: the words of the command line, None for those of this process.
-    """
-    versions = TRAINING[family.name]
-    version, config = config_from(argv, versions, TrainingConfig)
-    args = training_parser(description, version, config, versions).parse_args(argv)
-    train_adapter(args, config, family, start_training(args, family.finetuned))
 
 
 def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Family, group: Group) -> None:

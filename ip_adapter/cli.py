@@ -1,41 +1,76 @@
-"""Command lines of all scripts: how flags are read and checked, and errors as one line with exit status 2."""
+"""Command lines of all scripts: how flags are read and checked, and what is answered to those nobody knows."""
 from __future__ import annotations
 
 import argparse
 import difflib
+import glob
 import logging
 import math
+import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Callable
 
-from ip_adapter.config import ROOT, InferenceConfig, load_config
-from ip_adapter.inputs import MAX_SIZE
+from ip_adapter.config import MAX_SIZE, ROOT, InferenceConfig, load_config
 from ldm.errors import UserError
-from ldm.parallel import leave
+from ldm.files import check_folder, check_readable, check_writable, printable
+
+# What other tools call things -> what is meant here, for flags that cannot simply be taken for one of ours.
+MEANINGS = {
+    "cfg": "scale", "cfg_scale": "scale", "guidance": "scale", "guidance_scale": "scale", "steps": "sampling_steps",
+    "num_inference_steps": "sampling_steps", "num_steps": "sampling_steps", "ddim_steps": "sampling_steps",
+    "height": "H", "width": "W", "h": "H", "w": "W", "resolution": "image_size", "size": "H",
+    "checkpoint": "ckpt_path", "model": "ckpt_path", "ckpt": "ckpt_path", "weights": "ckpt_path",
+    "pretrained_model_name_or_path": "pretrained_model_path", "base_model": "ckpt_path",
+    "image": "img", "input": "img", "input_image": "img", "init_img": "ref_img", "init_image": "ref_img",
+    "reference_image": "ref_img", "mask": "ref_mask", "mask_image": "ref_mask", "denoising_strength": "strength",
+    "denoise": "strength", "ip_adapter_scale": "ip_scale", "adapter_scale": "ip_scale", "image_scale": "ip_scale",
+    "outdir": "output_path", "output_dir": "output_path", "out": "output_path", "output": "output_path",
+    "num_samples": "n_samples", "batch_size": "n_samples", "num_images_per_prompt": "n_samples", "n": "n_samples",
+    "train_data_dir": "data_path", "learning_rate": "start_learning_rate", "lr": "start_learning_rate",
+    "lr_scheduler": "scheduler", "lr_warmup_steps": "warmup_steps", "max_train_steps": "max_steps",
+    "num_train_epochs": "epochs", "checkpointing_steps": "ckpt_save_interval", "resume_from_checkpoint": "resume",
+    "mixed_precision": "dtype", "precision": "dtype", "fp16": "dtype", "device": "device_target",
+    "controlnet_conditioning_scale": "control_scale", "control_weight": "control_scale", "hint": "control_image",
+    "threads": "cpu_threads", "verbose": "log_level", "save_path": "output_path",
+}
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default where there is one and the help does not explain it itself."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Appends the default where there is one that a reader understands and the help does not explain it itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False or "(default: " in action.help:
+        told = action.default in (None, False, "", argparse.SUPPRESS) or isinstance(action.default, (list, tuple))
+        if told or "(default: " in action.help or isinstance(action.default, str) and len(action.default) > 80:
             return action.help
-        return super()._get_help_string(action)
+        return f"{action.help} (default: {str(action.default).replace('%', '%%')})"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with whole flag names only, defaults in the help, and one-line errors that know the nearest flag."""
+    """argparse with whole flag names only, defaults in the help, one-line errors, and the names of other tools.
 
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help)
+    Args:
+        description: of the script, whose examples stay on lines of their own.
+        other_names: flags that other tools know -> those of this parser; they are taken without being listed one by
+            one. Hyphens may stand for underscores everywhere.
+
+    Attributes:
+        given: the destinations of the flags on the command line, once it is parsed.
+    """
+
+    def __init__(self, description: str, other_names: dict | None = None):
+        self.other_names, self.given = other_names or {}, ()
+        also = f"Also taken, with hyphens or underscores: {', '.join(self.other_names)}." if other_names else None
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, epilog=also,
+                         usage="%(prog)s [flags]")
 
     def error(self, message: str):
         """Print one line and leave with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (-h lists all flags)\n")
+        self.exit(2, f"{self.prog}: error: {printable(' '.join(message.split()))} (-h lists all flags)\n")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse, but defaults are checked too, and an unknown flag is answered with the nearest known one.
+        """As argparse, but defaults are checked too, and an unknown flag is answered with what may be meant.
 
         Of a parser that has a default for `own_process`, that says whether the flags are those of this process.
         """
@@ -45,15 +80,50 @@ class Parser(argparse.ArgumentParser):
                     action.type(str(action.default))
                 except argparse.ArgumentTypeError as error:
                     self.error(f"default of {action.option_strings[0]} in the configuration file: {error}")
-        known, unknown = self.parse_known_args(args, namespace)
+        words = self.own_names(sys.argv[1:] if args is None else args)
+        for word in words:  # before argparse misses a required flag that stands there under another name
+            if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
+                self.error(f"unknown flag {word}{self.meant(word)}")
+        known, unknown = self.parse_known_args(words, namespace)
         for word in unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(word.split("=")[0], flags, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unknown flag {word}{hint}" if word.startswith("-") else f"unexpected argument {word!r}")
+            self.error(f"unexpected argument {word!r}; put texts with spaces in quotes")
+        self._note_given(words)
         if "own_process" in known:
             known.own_process = args is None
         return known
+
+    def own_names(self, words) -> list:
+        """The words of a command line with other tools' flags and hyphens replaced by the flags of this parser."""
+        return [self._own_name(word) if word.startswith("--") else word for word in map(str, words)]
+
+    def _own_name(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        for name in (flag, flag.replace("-", "_").replace("__", "--", 1)):
+            name = self.other_names.get(name, name)
+            if name in self._option_string_actions:
+                return name + equals + value
+        return word
+
+    def meant(self, word: str) -> str:
+        """What an unknown flag may mean, as the end of a message; by its meaning first, then by its letters."""
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        flags = self._option_string_actions
+        known = [flag for flag in (*flags, *self.other_names) if flag.startswith("--")]
+        near = difflib.get_close_matches(f"--{name}", known, 1, 0.75)
+        same = f"--{MEANINGS.get(name.lower(), '')}"
+        found = same if same in flags else self.other_names.get(near[0], near[0]) if near else None
+        return f"; did you mean {found}?" if found else ""
+
+    def _note_given(self, words: list) -> None:
+        """Remember which flags were given; one that names a single input has to be given once: of two images one
+        would be left out without a word."""
+        flags = [self._option_string_actions.get(word.split("=")[0]) for word in words if word.startswith("--")]
+        counts = Counter(action for action in flags if action is not None)
+        for action, count in counts.items():
+            if count > 1 and action.type is existing_file and isinstance(action, argparse._StoreAction):
+                self.error(f"{action.option_strings[0]} is given {count} times, expected once; several files are not "
+                           "taken here")
+        self.given = tuple(action.dest for action in counts)
 
 
 def in_range(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -95,13 +165,51 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def existing_file(text: str) -> Path:
-    """An argparse type: a file that is there."""
-    path = Path(text)
-    if not path.exists():
-        raise argparse.ArgumentTypeError(f"{text}: no such file")
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text}: is a folder, expected a file")
-    return path
+    """An argparse type: a regular file that can be read."""
+    return _checked(check_readable, text)
+
+
+def checkpoint_file(text: str) -> Path:
+    """An argparse type: a checkpoint; one that is not where it is said to be is looked for where the tools write it."""
+    if text and not os.path.lexists(text):
+        found = sorted({path.resolve() for folder in dict.fromkeys((Path(), ROOT))
+                        for path in folder.glob(f"checkpoints/**/{glob.escape(Path(text).name)}") if path.is_file()})
+        if len(found) == 1:
+            print(f"{printable(text)} does not exist; using {printable(found[0])}", file=sys.stderr)
+            return found[0]
+    return existing_file(text)
+
+
+def existing_folder(text: str) -> Path:
+    """An argparse type: a folder that can be listed."""
+    return _checked(check_folder, text)
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: a file that can be written, tried without leaving anything behind."""
+    return _checked(check_writable, text)
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type: a folder that can be written into or made, tried without leaving anything behind."""
+    return _checked(lambda path, name: check_writable(path, name, folder=True), text)
+
+
+def _checked(check: Callable, path: str) -> Path:
+    try:
+        return check(path, "")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from None
+
+
+def prompt(text: str) -> str:
+    """An argparse type: a text in UTF-8, whatever the locale takes the command line's bytes for."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise argparse.ArgumentTypeError(f"{printable(text)!r} is not UTF-8 text") from None
+        return text
 
 
 def config_from(argv: list | None, versions: dict, schema: type = InferenceConfig, flag: str = "--version") -> tuple:
@@ -157,24 +265,15 @@ def first_existing(paths, flag: str, advice: str = "name another") -> Path:
     raise UserError(f"{flag}: no file {' or '.join(map(str, paths))}; {advice}")
 
 
+class _Lines(logging.Formatter):
+    """Messages as plain lines; control characters in names and prompts never reach the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(printable(line) for line in super().format(record).split("\n"))
+
+
 def start_logging(level: str = "info") -> None:
     """Messages as plain lines on standard error."""
-    logging.basicConfig(level=level.upper(), format="%(message)s", stream=sys.stderr, force=True)
-
-
-def execute(main: Callable[[], None]) -> None:
-    """Run a script: the user's mistakes become one line and status 2, Ctrl-C status 130."""
-    name = Path(sys.argv[0]).name
-    try:
-        main()
-        leave(0)
-    except UserError as error:
-        sys.exit(_leave(2, f"{name}: error: {' '.join(str(error).split())}"))
-    except KeyboardInterrupt:
-        sys.exit(_leave(130, f"{name}: interrupted; finished pictures and files are kept, unfinished ones removed"))
-
-
-def _leave(status: int, line: str) -> int:
-    print(line, file=sys.stderr)
-    leave(status)
-    return status
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines("%(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

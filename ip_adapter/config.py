@@ -6,15 +6,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Tuple
+from typing import TYPE_CHECKING, Tuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import UserError
-from ldm.schedule import NoiseSchedule
+
+if TYPE_CHECKING:  # command lines read configurations before anything large is imported
+    from ldm.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_SIZE = 4096  # pixels of a side that can be asked for
 
 
 @dataclass
@@ -43,6 +46,7 @@ class ModelConfig:
 
     def schedule(self) -> NoiseSchedule:
         """The noise the model was trained with, and what it predicts."""
+        from ldm.schedule import NoiseSchedule
         return NoiseSchedule(self.beta_start, self.beta_end, self.prediction)
 
 

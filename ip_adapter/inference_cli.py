@@ -2,25 +2,27 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
+from typing import Callable
 
 from gm.choices import DISCRETIZATIONS, GUIDERS, SAMPLERS
-from ip_adapter.build import ExtraParts
 from ip_adapter.cli import (
     Parser,
     add_config_flags,
     add_device_flags,
     boolean,
+    checkpoint_file,
     existing_file,
-    first_existing,
     in_range,
     multiple_of_8,
     one_of,
+    output_folder,
+    prompt,
     start_logging,
 )
 from ip_adapter.config import ROOT, InferenceConfig
 from ip_adapter.families import SD15, SDXL, Family
-from ldm.device import default_dtype, start_device
 from ldm.errors import UserError
 
 # Configuration files by --version.
@@ -32,14 +34,27 @@ DEMOS = {"demo": INFERENCE_SD["demo"], "xl_demo": INFERENCE_SDXL["demo"]}
 EITHER = {"1.5": INFERENCE_SD["1.5"], "xl": INFERENCE_SDXL["xl"], **DEMOS}
 
 
-def add_picture(parser: argparse.ArgumentParser, flag: str, default: str, text: str) -> None:
-    """A flag that names a picture, required unless the configuration has one."""
+# What diffusers, ComfyUI and A1111 call the flags that all inference scripts share.
+OTHER_NAMES = {
+    "--steps": "--sampling_steps", "--num_inference_steps": "--sampling_steps", "--height": "--H", "--width": "--W",
+    "--cfg_scale": "--scale", "--ip_adapter_scale": "--ip_scale", "--ip_adapter_image": "--img",
+    "--batch_size": "--n_samples", "--num_images_per_prompt": "--n_samples", "--outdir": "--output_path",
+    "--output_dir": "--output_path", "--model": "--ckpt_path", "--checkpoint": "--ckpt_path", "--precision": "--dtype",
+}
+# Those of scripts whose output is made from a reference, and of all others.
+IMAGE_NAMES = {"--image": "--ref_img", "--init_image": "--ref_img"}
+REFERENCE_NAMES = {**IMAGE_NAMES, "--mask": "--ref_mask", "--mask_image": "--ref_mask"}
+PROMPT_NAMES = {"--image": "--img"}
+
+
+def add_image(parser: argparse.ArgumentParser, flag: str, default: str, text: str) -> None:
+    """A flag that names an image, required unless the configuration has one."""
     parser.add_argument(flag, type=existing_file, required=not default, help=text,
-                        default=ROOT / default if default else None)
+                        default=str(ROOT / default) if default else None)
 
 
 def inference_parser(description: str, version: str, config: InferenceConfig, controlled: bool = False,
-                     family: Family = SD15) -> Parser:
+                     family: Family = SD15, other_names: dict = PROMPT_NAMES) -> Parser:
     """The flags all inference scripts share, with their defaults from `config`; scripts add their own.
 
     Args:
@@ -48,52 +63,72 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
         config: the defaults.
         controlled: whether a ControlNet is what the script is for, not an addition.
         family: of the model.
+        other_names: names of flags in other tools, beside those all scripts share.
     """
-    s, parser = config.sampling, Parser(description)
+    s, parser = config.sampling, Parser(description, {**OTHER_NAMES, **other_names})
     parser.set_defaults(family=family, default_samples=s.n_samples, default_size=(s.W, s.H),
                         default_control_scale=s.control_scale, own_process=False)
-    add = parser.add_argument
-    add_picture(parser, "--img", config.img, "the picture that serves as a prompt")
-    add("--prompt", default=s.prompt, help="what the picture should show")
-    add("--negative_prompt", default=s.negative_prompt, help="what it should not show")
+    group = parser.add_argument_group("input")
+    add = group.add_argument
+    add_image(group, "--img", config.img, "the image that serves as a prompt")
+    add("--prompt", type=prompt, default=s.prompt, help="what the image should show")
+    add("--negative_prompt", type=prompt, default=s.negative_prompt, help="what it should not show")
     add("--data_path", type=existing_file, help="text file with one prompt a line, instead of --prompt")
-    add("--negative_data_path", type=existing_file, help="text file with one negative prompt, or one for each prompt")
+    add("--negative_data_path", type=existing_file,
+        help="text file with one negative prompt, or one for each prompt; a blank line stands for none")
+    add("--from_png", metavar="FILE", help="take all flags that made this image; flags given as well count instead")
+    add_sampling_flags(parser.add_argument_group("sampling").add_argument, config)
+    add = parser.add_argument_group("adapter").add_argument
     add("--ip_scale", type=in_range(float, 0, 10), default=s.ip_scale,
-        help="weight of the picture prompt; 0 is plain text-to-image")
+        help="weight of the image prompt; 0 is plain text-to-image")
+    add("--ip_adapter", "--ip_adpater", type=checkpoint_file,
+        help="adapter to use instead of the checkpoint's: published, or finetuned by the training script")
+    group = parser.add_argument_group("model")
+    add_config_flags(group, version, INFERENCE[family.name])
+    group.add_argument("--ckpt_path", "--weight", type=checkpoint_file,
+                       help=f"merged checkpoint (default: {' or '.join(config.ckpt_path)}, or one merged beside it)")
+    group.add_argument("--vae", type=checkpoint_file, help="autoencoder to use instead of the checkpoint's")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_path", "--save_path", type=output_folder, default=config.output_path, help="output folder")
+    add("--skip_save", action="store_true", help="do not write the single images")
+    add("--skip_grid", action="store_true", help="do not write the grid")
+    group = parser.add_argument_group("device")
+    add_device_flags(group, "0 on Ascend; on the CPU 1, but for denoiser and decoder where compiling them "
+                     "takes less time than it saves")
+    group.add_argument("--graph_cache", type=graph_folder, metavar="FOLDER",
+                       help="where compiled graphs are kept for later runs like this one, or none (default: on the CPU "
+                            "~/.cache/ip_adapter, on Ascend none)")
+    add_shortcut_flags(parser)
+    add_control_flags(parser, config, controlled)
+    return parser
+
+
+def add_sampling_flags(add: Callable, config: InferenceConfig) -> None:
+    """The flags of what is made, and how."""
+    s = config.sampling
     add("--scale", "--guidance_scale", type=in_range(float, 0, 100), default=s.scale,
-        help="classifier-free guidance; 1 or less leaves the negative side out")
-    add("--seed", type=in_range(int, 0, 2**63), default=s.seed, help="picture n is made from seed + n")
+        help="classifier-free guidance; 1 or less leaves the unconditional branch out")
+    add("--seed", type=in_range(int, 0, 2**63), default=s.seed, help="image n is made from seed + n")
     add("--sampling_steps", "--sample_step", type=in_range(int, 1, 1000), default=s.sampling_steps,
         help="denoising steps")
     size = "in pixels, a multiple of 8 (default: that of --ref_img; or"
     add("--H", type=multiple_of_8, help=f"height {size} {s.H}, with a hint in its proportions)")
     add("--W", type=multiple_of_8, help=f"width {size} {s.W}, with a hint in its proportions)")
     add("--n_samples", "--num_cols", "--ncols", type=in_range(int, 1, 1000),
-        help=f"pictures made together in one trial (default: {s.n_samples}, or as many as --latents holds)")
+        help=f"images made together in one trial (default: {s.n_samples}, or as many as --latents holds)")
     add("--n_iter", "--num_trials", type=in_range(int, 1, 100000), default=s.n_iter, help="trials for each prompt")
     add("--latents", type=existing_file, help=".npy with the starting noise (n, 4, H/8, W/8) float32 of unit "
                                               "variance, instead of the seeded one")
-    add_config_flags(parser, version, INFERENCE[family.name])
-    add("--ckpt_path", "--weight", type=existing_file,
-        help=f"merged checkpoint (default: {' or '.join(config.ckpt_path)})")
-    add("--ip_adapter", "--ip_adpater", type=existing_file,
-        help="adapter to use instead of the checkpoint's: published, or finetuned by the training script")
-    add("--vae", type=existing_file, help="autoencoder to use instead of the checkpoint's")
-    add_device_flags(parser, "0 on Ascend; on the CPU 1, but for denoiser and decoder where compiling them "
-                     "takes less time than it saves")
-    add("--graph_cache", type=Path, metavar="FOLDER", help="where compiled graphs are kept for later runs like this "
-        "one, or none (default: on the CPU ~/.cache/ip_adapter, on Ascend none)")
-    add("--output_path", "--save_path", type=Path, default=Path(config.output_path), help="output folder")
-    add("--skip_save", action="store_true", help="do not write the single pictures")
-    add("--skip_grid", action="store_true", help="do not write the grid")
-    add_shortcut_flags(parser)
-    add_control_flags(parser, config, controlled)
-    return parser
+
+
+def graph_folder(text: str) -> Path:
+    """An argparse type: a folder for compiled graphs, or the word none."""
+    return Path(text) if text == "none" else output_folder(text)
 
 
 def add_shortcut_flags(parser: Parser) -> None:
     """The flags that trade exactness for time."""
-    add = parser.add_argument_group("Shortcuts", "Faster, and a slightly different picture.").add_argument
+    add = parser.add_argument_group("shortcuts", "Faster, and a slightly different image.").add_argument
     add("--guidance_start", type=in_range(float, 0, 1),
         help="fraction of the steps before guidance begins; without it a step is half the work (default: 0)")
     add("--guidance_end", type=in_range(float, 0, 1), help="fraction of the steps after which it ends (default: 1)")
@@ -103,8 +138,9 @@ def add_shortcut_flags(parser: Parser) -> None:
 
 def add_edm_flags(parser: Parser, config: InferenceConfig) -> None:
     """The flags of SDXL's samplers, and of the sizes it is told."""
-    add, s = parser.add_argument, config.sampling
-    add("--sampler", type=one_of(*SAMPLERS), default=s.sampler, help=f"one of {', '.join(SAMPLERS)}")
+    add, s = parser.add_argument_group("SDXL").add_argument, config.sampling
+    add("--sampler", type=sampler, default=s.sampler,
+        help=f"one of {', '.join(f'{name} ({short})' for name, short in SAMPLERS.items())}")
     add("--discretization", type=one_of(*DISCRETIZATIONS), default=s.discretization,
         help=f"the noise levels, one of {', '.join(DISCRETIZATIONS)}")
     add("--guider", type=one_of(*GUIDERS), default=s.guider,
@@ -116,6 +152,12 @@ def add_edm_flags(parser: Parser, config: InferenceConfig) -> None:
     for side in ("top", "left"):
         add(f"--crop_coords_{side}", type=in_range(int, 0, 65536), default=0,
             help=f"pixels cropped away at the {side} that SDXL is told of")
+
+
+def sampler(text: str) -> str:
+    """An argparse type: a sampler by its name in the original code or in other tools."""
+    known = {**{name: name for name in SAMPLERS}, **{short: name for name, short in SAMPLERS.items()}}
+    return known[one_of(*known)(text)]
 
 
 def add_mask_flags(parser: Parser) -> None:
@@ -132,10 +174,10 @@ def add_mask_flags(parser: Parser) -> None:
 def add_control_flags(parser: Parser, config: InferenceConfig, required: bool) -> None:
     """The flags of ControlNets. Each may be repeated, once for every hint; given once, it holds for all."""
     default = config.control_image if required else ""
-    add = parser.add_argument_group("ControlNet", "Flags may be repeated, one for each hint.").add_argument
+    add = parser.add_argument_group("ControlNet", "Flags may be repeated, once for each hint.").add_argument
     add("--control_image", "--control_img", type=existing_file, action="append", required=required and not default,
-        help="hint: the picture a ControlNet follows" + (f" (default: {default})" if default else ""))
-    add("--controlnet", type=existing_file, action="append", default=[],
+        help="hint: the image a ControlNet follows" + (f" (default: {default})" if default else ""))
+    add("--controlnet", type=checkpoint_file, action="append", default=[],
         help="file of the hint's ControlNet, diffusers' or original layout (default: the checkpoint's own; it is "
              "the first hint's if there is one hint more than files)")
     add("--control_scale", type=in_range(float, 0, 10), action="append", default=[],
@@ -145,44 +187,47 @@ def add_control_flags(parser: Parser, config: InferenceConfig, required: bool) -
     add("--control_end", type=in_range(float, 0, 1), action="append", default=[],
         help="fraction of the steps after which it no longer acts (default: 1)")
     add("--canny", type=in_range(int, 0, 10000), nargs=2, metavar=("LOW", "HIGH"), action="append", default=[],
-        help="make the hint from the edges of the picture, between these thresholds, such as 100 200 "
-             "(default: 0 0, the picture is the hint)")
-    parser.set_defaults(default_hints=[ROOT / default] if default else [])
+        help="make the hint from the edges of the image, between these thresholds, such as 100 200 "
+             "(default: 0 0, the image is the hint)")
+    parser.set_defaults(default_hints=[Path(ROOT / default)] if default else [])
 
 
-def extra_parts(args: argparse.Namespace) -> ExtraParts:
-    """The files that stand in for parts of the checkpoint, a ControlNet for each hint.
+def inference_args(parser: Parser, argv: list | None) -> argparse.Namespace:
+    """Parse the flags of an inference script, those of the image that --from_png names included.
 
-    Raises:
-        UserError: hints and ControlNets are not equally many.
+    Args:
+        parser: of the script.
+        argv: the words of the command line, None for those of this process.
     """
-    hints, files = len(args.control_image), len(args.controlnet)
-    if files > hints:
-        raise UserError(f"--controlnet is given {files} times, --control_image {hints} times; "
-                        "every ControlNet needs a hint")
-    if hints - files > 1:
-        raise UserError(f"--control_image is given {hints} times, --controlnet {files} times; the checkpoint's own "
-                        "ControlNet serves one hint only, give --controlnet for the others")
-    return ExtraParts(args.ip_adapter, args.vae, [None] * (hints - files) + args.controlnet)
-
-
-def default_weights(args: argparse.Namespace, config: InferenceConfig, family: Family = SD15) -> Path:
-    """The checkpoint to load: the flag's, else the first default that exists.
-
-    Raises:
-        UserError: neither flag nor file.
-    """
-    if args.ckpt_path:
-        return args.ckpt_path
-    return first_existing(config.ckpt_path, "--ckpt_path",
-                          f"make it with {family.tool} or try --version demo")
+    args = parser.parse_args(argv)
+    args.script, args.given = parser.prog, [action for action in parser._actions if action.dest in parser.given]
+    return args
 
 
 def start(args: argparse.Namespace) -> None:
-    """Set up logging, device and mode of an inference; fills in `dtype` and `control_image` where no flag did."""
+    """Set up logging, device and mode of an inference; fills in `dtype` and `control_image` where no flag did.
+
+    Raises:
+        UserError: flags do not fit together.
+    """
     start_logging(args.log_level)
+    check_fit(args)
+    from ldm.device import default_dtype, start_device  # MindSpore is imported once the flags are found good
+    logging.getLogger(__name__).info("starting MindSpore")
     start_device(args.device_target, args.ms_mode, args.cpu_threads)
     args.dtype = args.dtype or default_dtype()
     args.control_image = args.control_image or args.default_hints  # argparse would append to a default
+
+
+def check_fit(args: argparse.Namespace) -> None:
+    """Check the flags that depend on each other.
+
+    Raises:
+        UserError: two of them do not fit together.
+    """
     if getattr(args, "mask_blur", 0) and not args.paste_original:
         raise UserError("--mask_blur softens the edge of the kept pixels, so it needs --paste_original True")
+    start, end = args.guidance_start or 0.0, 1.0 if args.guidance_end is None else args.guidance_end
+    if start >= end and (args.guidance_start is not None or end > 0):
+        raise UserError(f"--guidance_start {start} is not before --guidance_end {end}; no step would be guided: "
+                        "for that give --scale 1")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ip_adapter.config import MAX_SIZE
 from ip_adapter.preprocess import canny, fit, open_image, read_mask
 from ldm.errors import UserError
 
-MAX_SIZE = 4096  # of --H and --W
 MAX_PIXELS_UNASKED = 1536 * 1536  # of an output whose size no flag gives: above, attention takes tens of gigabytes
 
 

@@ -21,9 +21,9 @@ from ip_adapter.build import ImagePromptModel, build_model
 from ip_adapter.config import InferenceConfig
 from ip_adapter.families import SDXL
 from ip_adapter.graph_cache import RunGraphs, run_graphs, use_graphs
-from ip_adapter.inference_cli import default_weights, extra_parts
 from ip_adapter.inputs import Hint, Inputs, timesteps_between
 from ip_adapter.pictures import file_sha256, grid, save_png
+from ip_adapter.weights import default_weights, extra_parts
 from ldm.device import default_mode
 from ldm.errors import UserError
 from ldm.model import Shortcuts
@@ -234,7 +234,8 @@ def open_run(args: argparse.Namespace, config: InferenceConfig, inputs: Inputs, 
     Raises:
         UserError: flags or files do not fit together; nothing large is read before the flags are found good.
     """
-    extra, weights = extra_parts(args), default_weights(args, config, args.family)
+    extra = extra_parts(args)
+    weights = default_weights(args, config, args.family, controlled=None in extra.controlnets)
     run = Run(args, config.name, weights, timesteps)
     model = build_model(weights, config.model, args.dtype, extra, staged=True, family=args.family)
     if args.family is SDXL:

@@ -12,15 +12,14 @@ from ip_adapter.cli import (
     add_config_flags,
     add_device_flags,
     boolean,
+    config_from,
     in_range,
     multiple_of_8,
     one_of,
     start_logging,
 )
 from ip_adapter.config import TrainingConfig
-from ip_adapter.families import SD15, SDXL
-from ip_adapter.training_run import STATE
-from ldm.device import default_dtype, start_device
+from ip_adapter.families import SD15, SDXL, Family
 from ldm.errors import UserError
 from ldm.parallel import Group, join
 
@@ -31,6 +30,8 @@ TIME, TIMES = "%Y.%m.%d-%H:%M:%S", "????.??.??-??:??:??"  # as {time} is written
 TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in (
     "vae", "clip", "unet", "controlnet", "clip_xl", "unet_xl", "controlnet_xl")}
 
+STATE = "train_resume.ckpt"  # beside what is published; all the next step depends on
+
 LIMITS = {  # of numbers among the training settings; all others start at 0
     "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
     "epochs": (0, 10**9), "num_workers": (1, 256), "ckpt_save_interval": (1, 10**9), "beta1": (0, 0.9999999),
@@ -38,6 +39,22 @@ LIMITS = {  # of numbers among the training settings; all others start at 0
     "drop_both_prob": (0, 1), "validation_count": (1, 100), "validation_steps": (1, 1000),
     "init_loss_scale": (1, 2**31), "loss_scale_factor": (1, 1024),
 }
+
+
+def training_script(description: str, family: Family, argv: list | None = None) -> None:
+    """Parse the flags of a training script, build the model, train, save.
+
+    Args:
+        description: of the script.
+        family: of the model.
+        argv: the words of the command line, None for those of this process.
+    """
+    versions = TRAINING[family.name]
+    version, config = config_from(argv, versions, TrainingConfig)
+    args = training_parser(description, version, config, versions).parse_args(argv)
+    group = start_training(args, family.finetuned)
+    from ip_adapter.adapter_training import train_adapter
+    train_adapter(args, config, family, group)
 
 
 def training_parser(description: str, version: str, config: TrainingConfig, versions: dict,
@@ -84,6 +101,7 @@ def start_training(args: argparse.Namespace, name: str) -> Group:
         raise UserError("--epochs 0 and --max_steps 0 together have no end; limit one of them")
     args.output_path = fill_in_time(args.output_path, name, args.resume is True)
     start_logging(args.log_level)
+    from ldm.device import default_dtype, start_device  # MindSpore is imported once the flags are found good
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     args.dtype = args.dtype or default_dtype()
     group = join() if args.is_parallel else Group()

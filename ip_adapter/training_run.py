@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from ip_adapter.charts import loss_chart
 from ip_adapter.training import AdamW, OptimizerConfig, TrainStep, learning_rate
+from ip_adapter.training_cli import STATE
 from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
 from ldm.errors import UserError
 from ldm.parallel import Group, average
 
 log = logging.getLogger(__name__)
 
-STATE = "train_resume.ckpt"
 LOG_COLUMNS = ("step", "loss", "learning_rate", "loss_scale", "overflow", "images_per_second")
 
 

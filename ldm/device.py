@@ -5,20 +5,15 @@ Everything that differs between Ascend and the CPU (convolution, attention, defa
 """
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from pathlib import Path
 
-# MindSpore prints operator fallbacks as warnings; they are no news to somebody who wants a picture.
-os.environ.setdefault("GLOG_v", "3")
+import mindspore as ms
+from mindspore import Tensor
 
-import mindspore as ms  # noqa: E402  (GLOG_v is read at import, so `ldm` imports this module first)
-from mindspore import Tensor  # noqa: E402
-
-from ldm.errors import UserError  # noqa: E402
-
-# What importing MindSpore has made stays: a tenth of a demo run went into collections that looked through all of it.
-gc.freeze()
+from ldm.errors import UserError
 
 DTYPES = {"float16": ms.float16, "float32": ms.float32}
 
@@ -34,6 +29,7 @@ def start_device(device_target: str | None = None, ms_mode: int | None = None, c
     Raises:
         UserError: the device does not exist here.
     """
+    _freeze_imports()
     target = device_target or ms.get_context("device_target")  # MindSpore's own default: Ascend if there is one
     try:
         ms.set_device(target)
@@ -48,6 +44,12 @@ def start_device(device_target: str | None = None, ms_mode: int | None = None, c
         ms.runtime.launch_blocking()
         if cpu_threads:
             ms.device_context.cpu.op_tuning.threads_num(cpu_threads)
+
+
+@functools.cache
+def _freeze_imports() -> None:
+    """Leave what importing MindSpore has made out of Python's collections, a tenth of a short run; once a process."""
+    gc.freeze()
 
 
 def keep_graphs(folder: Path) -> None:

@@ -58,6 +58,8 @@ def check_readable(path, name: str, expected: str = "a file") -> Path:
                             f"{shown}; expected the path of {expected}")
         with open(path, "rb"):
             return Path(path)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{shown}: no such file; expected {expected}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character
@@ -110,6 +112,8 @@ def check_writable(path, name: str, folder: bool = False) -> Path:
             above = above.parent
         with tempfile.TemporaryFile(dir=above):
             return path
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{shown}: cannot be written ({_why(error)}); {advice}") from None
 

@@ -13,17 +13,22 @@ from typing import Iterator
 
 import numpy as np
 import pytest
-from mindspore import Tensor
 from PIL import Image
 
-from ip_adapter.cli import execute
-from ip_adapter.drawn_world import caption, draw, random_scene
-from ip_adapter.families import SD15, SDXL, Family
-from ip_adapter.merge import merge
-from ip_adapter.parts import ModelSizes
-from ip_adapter.standins import MINIATURE, MINIATURE_XL, write_standins
-from ldm.checkpoint_file import open_checkpoint
-from ldm.device import start_device
+from ldm.parallel import prepare_process
+
+prepare_process()  # before MindSpore is imported
+
+from mindspore import Tensor  # noqa: E402
+
+from ip_adapter.drawn_world import caption, draw, random_scene  # noqa: E402
+from ip_adapter.families import SD15, SDXL, Family  # noqa: E402
+from ip_adapter.merge import merge  # noqa: E402
+from ip_adapter.parts import ModelSizes  # noqa: E402
+from ip_adapter.script import execute  # noqa: E402
+from ip_adapter.standins import MINIATURE, MINIATURE_XL, write_standins  # noqa: E402
+from ldm.checkpoint_file import open_checkpoint  # noqa: E402
+from ldm.device import start_device  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
@@ -245,6 +250,17 @@ def pictures(folder) -> list:
     return [np.asarray(Image.open(path)) for path in sorted((Path(folder) / "samples").glob("*.png"))]
 
 
+def overridden(words: list, flags: list) -> list:
+    """The words of a command line with these flags in place of those of the same name."""
+    kept, dropping = [], False
+    for word in words:
+        if str(word).startswith("--"):
+            dropping = word in flags
+        if not dropping:
+            kept.append(word)
+    return [*kept, *flags]
+
+
 def assert_mistakes(outcome, main, words: list, cases: dict, folder: Path) -> None:
     """Each case is answered with one line and status 2, and leaves nothing behind.
 
@@ -258,7 +274,7 @@ def assert_mistakes(outcome, main, words: list, cases: dict, folder: Path) -> No
     failed, out = [], folder.parent / "out"
     for name, (flags, expected) in cases.items():
         before = set(folder.iterdir())
-        status, said = outcome(main, *words, "--output_path", out, *flags)
+        status, said = outcome(main, *overridden([*words, "--output_path", out], flags))
         line = said.strip().splitlines()[-1] if said.strip() else ""
         if status != 2 or not re.search(expected, line) or "Traceback" in said:
             failed.append(f"{name}: status {status}, said {said!r}")

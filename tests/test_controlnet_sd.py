@@ -132,7 +132,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(merged, merged_control, st
     assert_mistakes(outcome, main, ["--ckpt_path", merged_control, *SMALL], {
         "--control_image": (["--control_image", folder / "absent.png"], "absent.png: no such file"),
         "not a picture": (["--control_image", folder / "text.png"], "--control_image .*is not a picture"),
-        "two hints": (["--control_image", hint, "--control_image", hint], "given 3 times, --controlnet 0 times"),
+        "two hints": (["--control_image", hint, "--control_image", hint], "given 2 times, --controlnet 0 times"),
         "too many": (["--controlnet", standins["controlnet"]] * 2, "--controlnet is given 2 times, --control_image 1"),
         "without": (["--ckpt_path", merged], "holds no ControlNet; merge one .* or give --controlnet FILE"),
         "another file": (["--controlnet", standins["vae"]], "--controlnet .*holds no ControlNet"),

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from image_inpainting_sd import main
-from tests.conftest import DATA, ROOT, assert_mistakes, pictures, psnr, shell
+from tests.conftest import DATA, ROOT, assert_mistakes, overridden, pictures, psnr, shell
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def words(merged):
 
 def test_the_picture_of_diffusers(words, recorded, tmp_path, outcome):
     """Recorded by tests/record/record_sd.sh: 4 of 7 steps, kept pixels put back."""
-    status, said = outcome(main, *words, "--ckpt_path", recorded, "--latents", DATA / "sd_latents.npy", "--n_samples",
-                           "2", "--sampling_steps", "7", "--prompt", "a red circle", "--ip_scale", "0.8",
-                           "--output_path", tmp_path)
+    status, said = outcome(main, *overridden(words, [
+        "--ckpt_path", recorded, "--latents", DATA / "sd_latents.npy", "--n_samples", "2", "--sampling_steps", "7",
+        "--prompt", "a red circle", "--ip_scale", "0.8", "--output_path", tmp_path]))
     assert status == 0, said
     made = pictures(tmp_path)
     assert len(made) == 2
@@ -59,7 +59,7 @@ def test_kept_pixels_are_identical(words, tmp_path, outcome, original, mask):
 def test_the_mask_may_have_another_size(words, tmp_path, outcome, mask, original):
     path = tmp_path / "mask.png"
     Image.fromarray(mask).resize((312, 216)).save(path)
-    status, said = outcome(main, *words, "--ref_mask", path, "--output_path", tmp_path)
+    status, said = outcome(main, *overridden(words, ["--ref_mask", path, "--output_path", tmp_path]))
     assert status == 0 and "mask.png: resized from 312x216 to 104x72" in said
     np.testing.assert_array_equal(pictures(tmp_path)[0][~mask], original[~mask])
 

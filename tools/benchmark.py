@@ -39,7 +39,6 @@ from ip_adapter.cli import (  # noqa: E402
     add_config_flags,
     add_device_flags,
     config_from,
-    execute,
     existing_file,
     first_existing,
     in_range,
@@ -52,6 +51,7 @@ from ip_adapter.inference_cli import DEMOS, EITHER, add_shortcut_flags  # noqa: 
 from ip_adapter.merge import merge  # noqa: E402
 from ip_adapter.operator_profile import operator_times  # noqa: E402
 from ip_adapter.run import shortcuts  # noqa: E402
+from ip_adapter.script import run_script  # noqa: E402
 from ip_adapter.standins import write_standins  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
@@ -242,4 +242,4 @@ def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelCon
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

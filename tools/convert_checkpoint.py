@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.cli import Parser, execute, start_logging  # noqa: E402
+from ip_adapter.cli import Parser, start_logging  # noqa: E402
 from ip_adapter.merge import convert  # noqa: E402
+from ip_adapter.script import run_script  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
@@ -28,4 +29,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.cli import Parser, execute, in_range, start_logging  # noqa: E402
+from ip_adapter.cli import Parser, in_range, start_logging  # noqa: E402
 from ip_adapter.drawn_world import (  # noqa: E402
     CAPTIONS,
     draw,
@@ -26,6 +26,7 @@ from ip_adapter.drawn_world import (  # noqa: E402
     random_scene,
     training_caption,
 )
+from ip_adapter.script import run_script  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
 
@@ -92,4 +93,4 @@ def write_pictures(folder: Path, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

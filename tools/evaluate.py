@@ -16,7 +16,6 @@ from ip_adapter.cli import (  # noqa: E402
     add_config_flags,
     add_device_flags,
     config_from,
-    execute,
     existing_file,
     in_range,
     multiple_of_8,
@@ -26,7 +25,9 @@ from ip_adapter.cli import (  # noqa: E402
 from ip_adapter.clip_score import open_scorer, own_scorer  # noqa: E402
 from ip_adapter.dataset import ImageTextDataset  # noqa: E402
 from ip_adapter.evaluation import Evaluation  # noqa: E402
-from ip_adapter.inference_cli import EITHER, default_weights  # noqa: E402
+from ip_adapter.inference_cli import EITHER  # noqa: E402
+from ip_adapter.script import run_script  # noqa: E402
+from ip_adapter.weights import default_weights  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
 
 
@@ -71,4 +72,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

@@ -23,7 +23,6 @@ from ip_adapter.cli import (  # noqa: E402
     add_config_flags,
     add_device_flags,
     config_from,
-    execute,
     existing_file,
     first_existing,
     in_range,
@@ -32,6 +31,7 @@ from ip_adapter.cli import (  # noqa: E402
 from ip_adapter.config import InferenceConfig  # noqa: E402
 from ip_adapter.demo_evaluation import TASKS, DemoJudge, figure_curves  # noqa: E402
 from ip_adapter.inference_cli import DEMOS  # noqa: E402
+from ip_adapter.script import run_script  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
@@ -102,4 +102,4 @@ def step_of(path: Path, flag: str) -> int:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.cli import execute  # noqa: E402
 from ip_adapter.families import SD15  # noqa: E402
 from ip_adapter.merge_tool import merge_tool  # noqa: E402
+from ip_adapter.script import run_script  # noqa: E402
 
 FOLDER = "checkpoints/sd_models"
 DEFAULTS = {
@@ -29,4 +29,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

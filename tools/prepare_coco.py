@@ -15,8 +15,9 @@ import pandas
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.cli import Parser, execute, existing_file, start_logging  # noqa: E402
+from ip_adapter.cli import Parser, existing_file, start_logging  # noqa: E402
 from ip_adapter.dataset import COLUMNS, CSV_NAME  # noqa: E402
+from ip_adapter.script import run_script  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 
 
@@ -81,4 +82,4 @@ def write_csv(captions: pandas.DataFrame, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

@@ -10,10 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
 from ip_adapter.build import ExtraParts, build_model  # noqa: E402
-from ip_adapter.cli import config_from, execute, existing_file, first_existing  # noqa: E402
+from ip_adapter.cli import config_from, existing_file, first_existing  # noqa: E402
 from ip_adapter.config import TrainingConfig  # noqa: E402
 from ip_adapter.dataset import ImageTextDataset  # noqa: E402
 from ip_adapter.demo_training import STAGES, demo_start  # noqa: E402
+from ip_adapter.script import run_script  # noqa: E402
 from ip_adapter.stream import Loader, Stream  # noqa: E402
 from ip_adapter.training import AdamW, TrainStep  # noqa: E402
 from ip_adapter.training_cli import TRAINING_DEMO, start_training, training_parser  # noqa: E402
@@ -57,4 +58,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)
