@@ -86,15 +86,16 @@ def test_every_kind_of_file_takes_its_name(tmp_path, file_system):
 
 
 @pytest.mark.parametrize("text, stored", [
-    ("caf\udce9.png", "caf\ufffd.png"), ("half \ud83d", "half \ufffd"), ("\ud83d\ude00", "\U0001f600"), ("a\0b\n", "a\0b\n"),
-    (None, "None"), (Path("/caf\udce9"), "/caf\ufffd"), (b"\xff", "b'\\xff'"), (1.5, "1.5"), ("", "")])
+    ("caf\udce9.png", "caf\ufffd.png"), ("half \ud83d", "half \ufffd"), ("\ud83d\ude00", "\U0001f600"),
+    ("a\0b\n", "a\0b\n"), (None, "None"), (Path("/caf\udce9"), "/caf\ufffd"), (b"\xff", "b'\\xff'"), (1.5, "1.5"), ("", "")])
 def test_any_text_is_stored(tmp_path, text, stored):
     path = save_png(tmp_path / "caf\udce9", SMALL, {"prompt": text})
     assert Image.open(path).text == {"prompt": stored} and open_image(path).size == (2, 2)
 
 
 def test_shown_texts_have_one_line_and_no_terminal_codes():
-    assert printable("a\nb\x1b[31m\u2028 caf\udce9 \ud83d \ud83d\ude00 図") == "a?b?[31m? caf\ufffd \ufffd \U0001f600 図"
+    assert printable("a\nb\x1b[31m\u2028 図") == "a?b?[31m? 図"
+    assert printable("caf\udce9 \ud83d \ud83d\ude00") == "caf\ufffd \ufffd \U0001f600"
     assert valid_unicode("a\n\ufeff") == "a\n\ufeff"
 
 
@@ -163,7 +164,7 @@ def test_the_fingerprint_of_another_file_is_not_taken(model):
 
 
 @pytest.mark.parametrize("note", [
-    b"", b"{digest}", "{digest} 1 2 3\n".encode("utf-16"), b"\xff" * 70, b"../../etc/passwd 3 4 5\n", b"G" * 64 + b" 1 2 3\n"])
+    b"", b"{digest}", "{digest} 1 2 3\n".encode("utf-16"), b"\xff" * 70, b"../../etc/passwd 3 4 5\n"])
 def test_a_damaged_note_is_ignored(model, note):
     file_sha256(model)
     state = notes()[0].read_bytes()[64:]
