@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import itertools
 import logging
+import os
 import threading
 from array import array
 from pathlib import Path
@@ -62,10 +63,11 @@ def find_csv(path: Path, flag: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    file = path / CSV_NAME if path.is_dir() else path
-    if not file.is_file() or file.suffix.lower() != ".csv":
-        found = "neither a folder nor a .csv file" if path.exists() else "no such file or folder"
-        found = f"holds no {CSV_NAME}" if path.is_dir() else found
+    is_folder = os.path.isdir(path)  # unlike pathlib's, it raises nothing at a name too long
+    file = path / CSV_NAME if is_folder else path
+    if not os.path.isfile(file) or file.suffix.lower() != ".csv":
+        found = "neither a folder nor a .csv file" if os.path.exists(path) else "no such file or folder"
+        found = f"holds no {CSV_NAME}" if is_folder else found
         raise UserError(f"{flag} {printable(path)}: {found}; give a folder with pictures and {CSV_NAME}, or a .csv file")
     return file
 

@@ -84,6 +84,7 @@ def test_csv_files_that_cannot_be_used(tmp_path, content, message):
 def test_paths_that_hold_no_csv_file(tmp_path, picture):
     (tmp_path / "empty").mkdir()
     for path, message in ((tmp_path / "none", "no such file or folder"), (picture, "neither a folder nor a .csv file"),
+                          (tmp_path / ("x" * 300), "no such file or folder"),
                           (tmp_path / "empty", "holds no img_txt.csv")):
         with pytest.raises(UserError) as error:
             ImageTextDataset(path, 8)
