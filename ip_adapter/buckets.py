@@ -8,15 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from ip_adapter.dataset import ImageTextDataset
+from ip_adapter.preprocess import shown_size
 from ip_adapter.stream import Stream
+from ldm.errors import UserError
 
 MAX_RATIO = 2.0  # of the sides of a bucket; what is longer is cropped
-TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-EXIF_ORIENTATION = 0x0112
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +81,8 @@ def find_buckets(dataset: ImageTextDataset, size: int, batch: int, workers: int)
 def proportions(dataset: ImageTextDataset, row: int) -> float:
     """Width over height as it is shown, read off the header; 1 if it cannot be read, which is reported later."""
     try:
-        with Image.open(dataset.path(row)) as image:
-            width, height = image.size
-            if image.getexif().get(EXIF_ORIENTATION) in TRANSPOSED:
-                width, height = height, width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        width, height = shown_size(dataset.path(row))
+    except UserError:
         return 1.0
     return width / height
 

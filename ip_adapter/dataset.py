@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import itertools
 import logging
+import os
 import threading
 from array import array
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Callable, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ip_adapter.preprocess import MAX_PIXELS, clip_pixels, latent_pixels, open_image
+from ip_adapter.preprocess import MAX_PIXELS, MAX_RATIO, clip_pixels, latent_pixels, open_image
 from ldm.errors import UserError
+from ldm.files import printable, reason, valid_unicode
 
 CSV_NAME = "img_txt.csv"
+MAX_FIELD = 100_000_000  # characters; Python's csv refuses a whole file for one of 131,072
 COLUMNS = ("dir", "text")
 PROMPT = "image_prompt"  # a column that may be there: the picture prompt, where it is another picture than `dir`
 
@@ -40,8 +43,11 @@ class Strings:
         self._bytes, self._ends = bytearray(), array("q", [0])
 
     def append(self, text: str) -> None:
-        """Add one text at the end."""
-        self._bytes += text.encode()
+        """Add one text at the end; halves of surrogate pairs become U+FFFD."""
+        try:
+            self._bytes += text.encode()
+        except UnicodeEncodeError:
+            self._bytes += valid_unicode(text).encode()
         self._ends.append(len(self._bytes))
 
     def __len__(self) -> int:
@@ -57,11 +63,12 @@ def find_csv(path: Path, flag: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    file = path / CSV_NAME if path.is_dir() else path
-    if not file.is_file() or file.suffix.lower() != ".csv":
-        found = "neither a folder nor a .csv file" if path.exists() else "no such file or folder"
-        found = f"holds no {CSV_NAME}" if path.is_dir() else found
-        raise UserError(f"{flag} {path}: {found}; give a folder with pictures and {CSV_NAME}, or a .csv file")
+    is_folder = os.path.isdir(path)  # unlike pathlib's, it raises nothing at a name too long
+    file = path / CSV_NAME if is_folder else path
+    if not os.path.isfile(file) or file.suffix.lower() != ".csv":
+        found = "neither a folder nor a .csv file" if os.path.exists(path) else "no such file or folder"
+        found = f"holds no {CSV_NAME}" if is_folder else found
+        raise UserError(f"{flag} {printable(path)}: {found}; give a folder with pictures and {CSV_NAME}, or a .csv file")
     return file
 
 
@@ -69,20 +76,21 @@ def read_csv(path: Path, flag: str) -> tuple:
     """The columns `dir`, `text` and `image_prompt` of a CSV file in UTF-8, as `Strings`; what is missing is empty.
 
     Every row is checked: pandas drops surplus fields, such as the rest of a caption whose comma is not quoted, without
-    a word.
+    a word. NUL characters, as a crash leaves them, are dropped.
 
     Raises:
         UserError: not a CSV file, empty, a column is missing, a row is malformed, or none names a picture.
     """
-    columns, name = (Strings(), Strings(), Strings()), f"{flag} {path}"
+    columns, name = (Strings(), Strings(), Strings()), f"{flag} {printable(path)}"
+    csv.field_size_limit(MAX_FIELD)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file, strict=True)
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogatepass") as file:
+            rows = csv.reader((line.replace("\0", "") for line in file), strict=True)
             header = next(rows, None)
             if header is None:
                 raise UserError(f"{name}: is empty; expected the columns {','.join(COLUMNS)}")
             if not set(COLUMNS) <= set(header):
-                raise UserError(f"{name}: has the columns {', '.join(map(repr, header[:10]))}; expected "
+                raise UserError(f"{name}: has the columns {', '.join(map(_cut, header[:10]))}; expected "
                                 f"{','.join(COLUMNS)} in the first line")
             places = [header.index(column) if column in header else len(header) for column in (*COLUMNS, PROMPT)]
             for row in filter(None, rows):  # a blank line is no row
@@ -92,12 +100,17 @@ def read_csv(path: Path, flag: str) -> tuple:
                 for strings, place in zip(columns, places):
                     strings.append(row[place] if place < len(row) else "")
     except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{name}: cannot be read ({error}); expected CSV in UTF-8, captions with commas in double "
+        why = reason(error) if isinstance(error, OSError) else error
+        raise UserError(f"{name}: cannot be read ({why}); expected CSV in UTF-8, captions with commas in double "
                         "quotes") from None
     if not any(columns[0]):
         raise UserError(f"{name}: none of its {len(columns[0])} rows names a picture in the column dir; "
-                        f"expected paths relative to {path.parent}")
+                        f"expected paths relative to {printable(path.parent)}")
     return columns
+
+
+def _cut(text: str) -> str:
+    return repr(text[:40])
 
 
 class ImageTextDataset:
@@ -162,14 +175,15 @@ class ImageTextDataset:
             if row not in self._broken:
                 try:
                     return self._read(row, rng, self.size_of_row(i))
-                except (UserError, OSError) as error:  # OSError: a name too long, no permission
+                except UserError as error:
                     self._skip(row, error)
-        raise UserError(f"{self.flag} {self.csv}: none of its {len(self)} pictures can be read, see the warnings; "
-                        f"expected paths relative to {self.csv.parent}")
+        raise UserError(f"{self.flag} {printable(self.csv)}: none of its {len(self)} pictures can be read, see the "
+                        f"warnings; expected paths relative to {printable(self.csv.parent)}")
 
     def _read(self, row: int, rng: np.random.Generator, size: tuple) -> Sample:
         image = self.picture(row)
-        clipped, crop = fit(image, size, rng if self.random_crop else None, f"{self.flag} {self.path(row)}")
+        clipped, crop = fit(image, size, rng if self.random_crop else None,
+                            f"{self.flag} {printable(self.path(row))}")
         prompt = self.prompt(row) if self._prompts[row] else image
         return Sample(latent_pixels(clipped)[0], clip_pixels(prompt), self.text(row), image.size[::-1], crop, row)
 
@@ -180,7 +194,7 @@ class ImageTextDataset:
                 self._broken.add(row)
                 log.warning("skipped: %s", error)
             if len(self._broken) > self.max_broken:
-                raise UserError(f"{self.flag} {self.csv}: {len(self._broken)} pictures cannot be read, more than "
+                raise UserError(f"{self.flag} {printable(self.csv)}: {len(self._broken)} pictures cannot be read, more than "
                                 f"--max_broken {self.max_broken}; mend them or allow more; the last: {error}")
 
 
@@ -203,7 +217,7 @@ def fit(image: Image.Image, size: tuple, rng: np.random.Generator | None, name: 
         width, height = size[1], int(size[1] * image.height / image.width)
     else:
         width, height = int(size[0] * image.width / image.height), size[0]
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_PIXELS or max(image.size) > MAX_RATIO * min(image.size):
         raise UserError(f"{name}: {image.width} x {image.height} pixels are too narrow, resized they would be "
                         f"{width} x {height}")
     image = image.resize((width, height), Image.BICUBIC)

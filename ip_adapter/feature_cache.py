@@ -13,6 +13,7 @@ from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.features import Features, FrozenEncoders
 from ip_adapter.stream import stack
 from ldm.errors import UserError
+from ldm.files import check_readable
 
 KEY_LINE = 65  # bytes of a key and its line end
 
@@ -113,8 +114,8 @@ def sample_key(dataset: ImageTextDataset, row: int) -> str:
     digests = b""
     for path in dict.fromkeys((dataset.path(row), dataset.prompt_path(row))):
         try:
-            content = path.read_bytes()
-        except OSError:
+            content = check_readable(path, dataset.flag).read_bytes()
+        except (UserError, OSError):
             content = f"no file for row {row} of {dataset.csv}".encode()
         digests += hashlib.sha256(content).digest()
     return hashlib.sha256(digests + dataset.text(row).encode()).hexdigest()

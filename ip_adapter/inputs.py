@@ -10,6 +10,7 @@ from PIL import Image
 from ip_adapter.config import MAX_SIZE
 from ip_adapter.preprocess import canny, fit, open_image, read_mask
 from ldm.errors import UserError
+from ldm.files import printable
 
 MAX_PIXELS_UNASKED = 1536 * 1536  # of an output whose size no flag gives: above, attention takes tens of gigabytes
 
@@ -78,20 +79,22 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     image = open_image(args.img)
     reference = open_image(args.ref_img, "--ref_img") if getattr(args, "ref_img", None) else None
     settings = hint_settings(args)
-    pictures = [open_image(path, "--control_image") for path in args.control_image]
+    # Of a hint transparency does not count, as in diffusers; edges are taken from a picture as it is seen.
+    pictures = [open_image(path, "--control_image", background="white" if edges != (0, 0) else None)
+                for path, (*_, edges) in zip(args.control_image, settings)]
     width, height = args.default_size
     if reference is not None:
-        set_size(args, reference.size, f"--ref_img {args.ref_img}")
+        set_size(args, reference.size, f"--ref_img {printable(args.ref_img)}")
     elif pictures:
         shrink = min(width, height) / min(pictures[0].size)
-        set_size(args, tuple(side * shrink for side in pictures[0].size), f"--control_image {args.control_image[0]}")
+        set_size(args, tuple(side * shrink for side in pictures[0].size), f"--control_image {printable(args.control_image[0])}")
     args.H, args.W = args.H or height, args.W or width
     if reference is not None:
-        reference = fit(reference, args.W, args.H, f"--ref_img {args.ref_img}")
+        reference = fit(reference, args.W, args.H, f"--ref_img {printable(args.ref_img)}")
     mask = read_mask(args.ref_mask, args.W, args.H, args.invert_mask) if getattr(args, "ref_mask", None) else None
     hints = []
     for path, picture, (scale, start, end, edges) in zip(args.control_image, pictures, settings):
-        picture = fit(picture, args.W, args.H, f"--control_image {path}")
+        picture = fit(picture, args.W, args.H, f"--control_image {printable(path)}")
         made = edges != (0, 0)
         hints.append(Hint(canny(picture, *edges) if made else picture, scale, start, end, made))
     return Inputs(image, reference, mask, hints)

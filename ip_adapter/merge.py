@@ -15,7 +15,7 @@ from ip_adapter.image_prompt import ImageProjModel
 from ip_adapter.names import IMAGE_ATTENTION, TEXT_ONLY
 from ip_adapter.parts import controlnet_part, find_adapter, image_encoder_part, vae_part
 from ip_adapter.patch import patch_cross_attention
-from ip_adapter.pictures import write_sha256
+from ip_adapter.pictures import remember_sha256
 from ldm.architecture import autoencoder_config, text_config, unet_config
 from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint, write_checkpoint
@@ -26,7 +26,7 @@ from ldm.modules.unet import UNetModel
 
 
 def write_plan(out, planned: dict, description: str) -> int:
-    """Write what `plan` describes, with a progress bar and the fingerprint beside the file.
+    """Write what `plan` describes, with a progress bar, and remember the file's fingerprint.
 
     Returns:
         How many tensors were written.
@@ -36,7 +36,7 @@ def write_plan(out, planned: dict, description: str) -> int:
             bar.update()
             return planned[name][1]()
         digest = write_checkpoint(out, {name: info for name, (info, _) in planned.items()}, read)
-    write_sha256(Path(out), digest)
+    remember_sha256(Path(out), digest)
     return len(planned)
 
 

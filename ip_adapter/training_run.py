@@ -7,7 +7,6 @@ import csv
 import logging
 import math
 import re
-import signal
 import time
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from mindspore import Tensor
 from tqdm import tqdm
 
 from ip_adapter.charts import loss_chart
+from ip_adapter.script import collected_signals
 from ip_adapter.training import AdamW, OptimizerConfig, TrainStep, learning_rate
 from ip_adapter.training_cli import STATE
 from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
@@ -125,7 +125,7 @@ class TrainingRun:
             KeyboardInterrupt: it was interrupted; nothing is lost.
         """
         accumulation = self.args.gradient_accumulation_steps
-        with _interruption() as interrupted, self._log_file() as write, tqdm(
+        with collected_signals() as received, self._log_file() as write, tqdm(
                 total=self.total, initial=self.step, desc="training", unit="step",
                 disable=True if self.group.rank else None) as bar:
             if self.published and self.group.rank == 0:
@@ -140,7 +140,7 @@ class TrainingRun:
                     continue
                 self.step += 1
                 # A signal reaches processes at different steps: they stop at the first that all have heard of.
-                loss, stop = average(np.array([np.mean(losses), interrupted()], np.float32))
+                loss, stop = average(np.array([np.mean(losses), bool(received)], np.float32))
                 images = self.batch / (time.time() - begun)
                 write(dict(zip(LOG_COLUMNS, (
                     self.step, f"{loss:.6g}", f"{rate:.6g}", float(self.optimizer.loss_scale.asnumpy()),
@@ -153,7 +153,7 @@ class TrainingRun:
                 losses, begun = [], time.time()
                 if stop:
                     average(np.zeros(1, np.float32))  # rank 0 has saved before anybody leaves
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(*received)
                 if self.step == self.total:
                     break
         log.info("%d steps in %s", self.step, self.folder)
@@ -213,20 +213,3 @@ class TrainingRun:
                 file.flush()
 
             yield write
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[Callable[[], bool]]:
-    """Collect SIGINT and SIGTERM, so that a step is finished before the run stops; a second SIGINT stops at once."""
-    received = []
-
-    def note(number, frame) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

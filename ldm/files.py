@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -23,13 +24,16 @@ _registry = threading.Lock()
 
 
 def printable(text) -> str:
-    """A path or text as it can be shown and stored: bytes that are not UTF-8 and control characters become `?`."""
-    text = os.fsencode(str(text)).decode("utf-8", "replace") if _has_surrogates(str(text)) else str(text)
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    """A path or text as it can be shown on one line: control characters and the like become `?`."""
+    return "".join(letter if letter.isprintable() else "?" for letter in valid_unicode(text))
 
 
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
+def valid_unicode(text) -> str:
+    """A path or text that every encoding of Unicode can store.
+
+    Bytes of a file name that are not UTF-8 and halves of surrogate pairs become U+FFFD, whole pairs one character.
+    """
+    return str(text).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def reason(error: OSError) -> str:
@@ -166,6 +170,59 @@ def write_text(path, text: str) -> None:
         file.write(text)
 
 
+def write_new(path, data: bytes) -> bool:
+    """Write a whole file unless its name is taken: by any kind of file, also one of another process.
+
+    Args:
+        path: to write; its folder is made if missing.
+        data: the whole content.
+
+    Returns:
+        Whether it was written. After a failure or a signal nothing is left.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # several threads may be writing into the folder
+    made = [temporary]
+    try:
+        with _registry:
+            _unfinished.append(made)
+            made += _make_folder(path.parent)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with _registry:
+            return _name_new(temporary, path)
+    finally:
+        _remove(made)
+        with _registry:
+            _unfinished.remove(made)
+
+
+def _name_new(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name; False if the name is taken."""
+    try:
+        os.link(temporary, path)  # unlike a rename, it never takes the place of another file
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # FAT, SMB and some FUSE file systems have no links, each says so in its own way
+        pass
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    try:
+        os.replace(temporary, path)
+        return True
+    except OSError:
+        path.unlink()
+        raise
+
+
 @contextlib.contextmanager
 def temporary_folder(parent, prefix: str = ".unfinished.") -> Iterator[Path]:
     """A folder that is gone when the block ends or the program is stopped by a signal.
@@ -210,6 +267,15 @@ def remove_unfinished() -> None:
     _registry.acquire(timeout=2)
     for made in list(_unfinished):
         _remove(made)
+
+
+def cache_folder() -> Path | None:
+    """This project's part of the user's cache, which may not exist yet; None where the user has no home."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry in the password file
+        return None
+    return caches / "ip_adapter" if caches.is_absolute() else None
 
 
 @contextlib.contextmanager

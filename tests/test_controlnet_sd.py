@@ -131,7 +131,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(merged, merged_control, st
     wide = write_standins(folder / "wide", replace(SHALLOW, unet=replace(SHALLOW.unet, model_channels=64)))
     assert_mistakes(outcome, main, ["--ckpt_path", merged_control, *SMALL], {
         "--control_image": (["--control_image", folder / "absent.png"], "absent.png: no such file"),
-        "not a picture": (["--control_image", folder / "text.png"], "--control_image .*is not a picture"),
+        "not a picture": (["--control_image", folder / "text.png"], "--control_image .*is not an image"),
         "two hints": (["--control_image", hint, "--control_image", hint], "given 2 times, --controlnet 0 times"),
         "too many": (["--controlnet", standins["controlnet"]] * 2, "--controlnet is given 2 times, --control_image 1"),
         "without": (["--ckpt_path", merged], "holds no ControlNet; merge one .* or give --controlnet FILE"),

@@ -81,7 +81,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(words, tmp_path, outcome):
     (folder / "text.png").write_bytes(b"text")
     assert_mistakes(outcome, main, words, {
         "--ref_mask": (["--ref_mask", folder / "absent.png"], "absent.png: no such file"),
-        "not a picture": (["--ref_mask", folder / "text.png"], "--ref_mask .*is not a picture"),
+        "not a picture": (["--ref_mask", folder / "text.png"], "--ref_mask .*is not an image"),
         "nothing": (["--ref_mask", folder / "black.png"], "black.png: nothing to repaint, no pixel is white"),
         "strength": (["--strength", "0.3"], "--strength 0.3 leaves none of the 3 steps; expected at least 0.333"),
         "boolean": (["--paste_original", "maybe"], "'maybe' is neither True nor False"),

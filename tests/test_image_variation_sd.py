@@ -156,7 +156,7 @@ def mistakes(folder, merged, standins) -> dict:
     return {
         "--img": (["--img", folder / "absent.png"], "absent.png: no such file"),
         "empty picture": (["--img", file("empty.png", b"")], "--img .*is empty"),
-        "not a picture": (["--img", file("text.png", b"text")], "--img .*not a picture"),
+        "not a picture": (["--img", file("text.png", b"text")], "--img .*is not an image"),
         "folder": (["--img", folder], "is a folder"),
         "--ckpt_path": (["--ckpt_path", folder / "absent.ckpt"], "absent.ckpt: no such file"),
         "--ip_adapter": (["--ip_adapter", folder / "absent.bin"], "absent.bin: no such file"),

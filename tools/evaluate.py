@@ -15,6 +15,7 @@ from ip_adapter.cli import (  # noqa: E402
     Parser,
     add_config_flags,
     add_device_flags,
+    checkpoint_file,
     config_from,
     existing_file,
     in_range,
@@ -37,7 +38,7 @@ def main(argv: list | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder with picture prompts and img_txt.csv (columns dir,text)")
-    add("--weights", "--ckpt_path", dest="ckpt_path", type=existing_file,
+    add("--weights", "--ckpt_path", dest="ckpt_path", type=checkpoint_file,
         help=f"merged checkpoint (default: {' or '.join(config.ckpt_path)})")
     add("--ip_adapter", type=existing_file, help="adapter to use instead of the checkpoint's")
     add("--clip", type=existing_file, help="whole CLIP in Hugging Face's layout to score with, such as openai's "

@@ -26,6 +26,10 @@ _WORD_END = "</w>"
 # (?i) on lower-cased text is not idle: it lets the long s of "it\u017f" match 's.
 _PATTERN = r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
+# So much of a text is read. It has 77 tokens many times over, and cleaning ten million takes two minutes.
+_MAX_CHARACTERS = 20_000
+_MAX_SHOWN = 200  # characters of what a warning says is cut off
+
 _log = logging.getLogger(__name__)
 
 
@@ -92,13 +96,19 @@ class CLIPTokenizer:
         room = self.context_length - 2
         rows = np.full((len(texts), self.context_length), self.pad_token, np.int32)
         for row, text in zip(rows, texts):
-            ids = _encode(text)
-            if len(ids) > room:
-                cut = self.decode(ids[room:])
-                _log.warning("The prompt has %d tokens, only %d are used. Cut off: %r", len(ids), room, cut)
+            ids = _encode(text[:_MAX_CHARACTERS])
+            if len(ids) > room or len(text) > _MAX_CHARACTERS:
+                self._warn(ids, room, len(text))
             ids = [START, *ids[:room], END]
             row[: len(ids)] = ids
         return rows
+
+    def _warn(self, ids: list[int], room: int, length: int) -> None:
+        """Say how much of a text is not used."""
+        cut = self.decode(ids[room : room + _MAX_SHOWN])  # no token is empty
+        shown = repr(cut[:_MAX_SHOWN]) + "..." * (len(cut) > _MAX_SHOWN or len(ids) > room + _MAX_SHOWN)
+        size = f"{len(ids)} tokens" if length <= _MAX_CHARACTERS else f"{length} characters"
+        _log.warning("The prompt has %s, only %d tokens are used. Cut off: %s", size, min(room, len(ids)), shown)
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of some token ids, for messages.

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,17 @@ def test_odd_csv_files(tmp_path):
     assert [dataset.text(i) for i in range(len(dataset))] == [
         'a dog, "Rex", runs', "中文 🎨 é", "", "", "NA", "two\r\nlines"]
     assert [dataset.path(i).relative_to(tmp_path).as_posix() for i in range(3)] == ["a b.jpg", "图/🎨.png", "c.jpg"]
+
+
+def test_odd_captions(tmp_path):
+    """Half an emoji, as a pair of halves too; NUL; other line ends; a text of a megabyte; bytes lost in a crash."""
+    long = "long " * 200_000
+    captions = ["half \ud83d", "whole \ud83d\ude00", "a\0b", "two\u2028lines\u0085\x0b", long, "\x1b[31mred"]
+    rows = "".join(f"a.png,{text}\n" for text in captions) + "\0" * 5000
+    (tmp_path / "img_txt.csv").write_bytes(f"dir,text\n{rows}".encode(errors="surrogatepass"))
+    dataset = ImageTextDataset(tmp_path, 8)
+    assert [dataset.text(i) for i in range(len(dataset))] == [
+        "half \ufffd", "whole \U0001f600", "ab", "two\u2028lines\u0085\x0b", long, "\x1b[31mred"]
 
 
 def test_a_csv_file_of_another_name(tmp_path):
@@ -72,6 +84,7 @@ def test_csv_files_that_cannot_be_used(tmp_path, content, message):
 def test_paths_that_hold_no_csv_file(tmp_path, picture):
     (tmp_path / "empty").mkdir()
     for path, message in ((tmp_path / "none", "no such file or folder"), (picture, "neither a folder nor a .csv file"),
+                          (tmp_path / ("x" * 300), "no such file or folder"),
                           (tmp_path / "empty", "holds no img_txt.csv")):
         with pytest.raises(UserError) as error:
             ImageTextDataset(path, 8)
@@ -84,9 +97,10 @@ def test_broken_pictures_are_replaced_by_the_next(six, caplog):
     rng = np.random.default_rng(0)
     with caplog.at_level(logging.WARNING):
         assert [dataset.sample(i, rng).index for i in (3, 2, 2, 1, 4)] == [4, 4, 4, 1, 4]
-    assert [record.getMessage() for record in caplog.records] == [
-        f"skipped: --data_path, row 4: {six / '3.png'}: is not a picture; expected PNG, JPEG, WebP, ...",
-        f"skipped: --data_path, row 3: {six / '2.png'}: no such file; give the path of a picture"]
+    no_image, no_file = (record.getMessage() for record in caplog.records)
+    assert no_image.startswith(f"skipped: --data_path, row 4: {six / '3.png'}: is not an image of a known format; ")
+    assert no_file == (f"skipped: --data_path, row 3: {six / '2.png'}: no such file; expected an image (PNG, JPEG, "
+                       "WebP, ...)")
     sample = dataset.sample(2, rng)
     assert sample.text == "picture 4" and np.allclose(sample.pixels, 160 / 127.5 - 1)
 
@@ -124,6 +138,26 @@ def test_no_picture_can_be_read(tmp_path):
     write_csv(tmp_path, f'dir,text\na.jpg,x\n{long},y\n"",z\n')
     with pytest.raises(UserError, match="none of its 3 pictures can be read"):
         ImageTextDataset(tmp_path, 16).sample(1, np.random.default_rng(0))
+
+
+def test_rows_that_name_no_image_are_skipped_and_not_waited_for(six):
+    """A pipe, a device, a folder, half an emoji, a line of pixels; 4.png is the first row that can be read."""
+    os.mkfifo(six / "pipe.png")
+    (six / "folder.png").mkdir()
+    Image.new("RGB", (1, 65000)).save(six / "thin.png")
+    names = ["pipe.png", "/dev/zero", "folder.png", "half \ud83d.png", "a\0b.png", "thin.png", "4.png"]
+    rows = "".join(f"{name},caption {n}\n" for n, name in enumerate(names))
+    (six / "img_txt.csv").write_bytes(f"dir,text\n{rows}".encode(errors="surrogatepass"))
+    dataset = ImageTextDataset(six, 16)
+    assert [dataset.sample(row, None).index for row in range(7)] == [6] * 7
+    assert len({sample_key(dataset, row) for row in range(7)}) == 7
+
+
+def test_a_prompt_may_be_a_line_of_pixels(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    Image.new("RGB", (1, 65000)).save(tmp_path / "thin.png")
+    write_csv(tmp_path, "dir,text,image_prompt\na.png,x,thin.png\n")
+    assert ImageTextDataset(tmp_path, 16).sample(0, None).clip_pixels.shape == (3, 224, 224)
 
 
 def test_a_picture_too_narrow_is_broken(tmp_path):

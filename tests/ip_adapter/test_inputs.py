@@ -11,6 +11,7 @@ from ip_adapter.inputs import Hint, open_inputs, set_size
 from ip_adapter.preprocess import canny, latent_mask, latent_pixels, paste, read_mask
 from ldm.errors import UserError
 from ldm.schedule import leading_timesteps
+from tests.conftest import DATA
 
 
 def flags(img, **given) -> SimpleNamespace:
@@ -133,6 +134,34 @@ def test_nothing_to_repaint(tmp_path):
     Image.fromarray(pixels).save(path)
     with pytest.raises(UserError, match="white part is thinner than the latents' cells"):
         read_mask(path, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["mask_white_on_transparent.png", "mask_P_trans0.png"])
+def test_of_a_mask_transparency_does_not_count(name, caplog):
+    """As in diffusers; over white everything would be repainted."""
+    assert read_mask(DATA / "faults" / name, 96, 96).mean() == pytest.approx(0.583, abs=0.001)
+    assert not caplog.records
+
+
+def test_repainting_everything_is_said(tmp_path, caplog):
+    Image.new("RGBA", (32, 32), (255, 255, 255, 0)).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", 32, 32).all()
+    assert "--ref_mask" in caplog.text and "everything is repainted, all its pixels are white" in caplog.text
+    Image.new("L", (32, 32)).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", 32, 32, invert=True).all()
+    assert "all its pixels are black (transparency does not count); paint what is to be kept white" in caplog.text
+
+
+def test_of_a_hint_transparency_does_not_count_but_edges_are_those_of_what_is_seen(tmp_path):
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    pixels[16:48, 16:48] = 255
+    path = tmp_path / "hint.png"
+    Image.fromarray(pixels).save(path)
+    args = flags(path, control_image=[path, path], canny=[[0, 0], [100, 200]], H=64, W=64)
+    inputs = open_inputs(args)
+    hint, edges = (np.asarray(one.picture) for one in inputs.hints)
+    np.testing.assert_array_equal(hint, pixels[..., :3])
+    assert not edges.any() and np.asarray(inputs.image).all()  # white on white
 
 
 @pytest.mark.parametrize("blur", [0, 1, 4, 20])

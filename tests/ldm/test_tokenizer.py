@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,33 @@ def test_cut_inside_a_character_still_warns(tokenizer, caplog):
     row = tokenizer(text)[0]
     assert row[-1] == END and row[75] != 2368
     assert "Cut off" in caplog.text and "\ufffd" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["cat " * 2_500_000, "c" * 10_000_000, "&amp;!" * 1_700_000, "\U0001f600\n" * 5_000_000,
+                                  "\ud83d" * 10_000_000])
+def test_ten_megabytes_are_cut_before_they_are_cleaned(tokenizer, caplog, text):
+    begun = time.perf_counter()
+    row = tokenizer(text)[0]
+    assert time.perf_counter() - begun < 2
+    assert row.tolist() == tokenizer(text[:10_000])[0].tolist() and row[-1] == END
+    message = caplog.records[0].getMessage()
+    assert f"{len(text)} characters, only 75 tokens are used" in message and len(message) < 700
+
+
+def test_a_warning_shows_the_beginning_of_what_is_cut(tokenizer, caplog):
+    tokenizer("cat " * 1075)
+    assert caplog.records[0].getMessage() == (
+        f"The prompt has 1075 tokens, only 75 tokens are used. Cut off: '{('cat ' * 1000)[:200]}'...")
+
+
+def test_white_space_of_any_length_is_no_error(tokenizer, caplog):
+    assert words(tokenizer, "a cat" + " " * 1_000_000) == [320, 2368]
+    assert "1000005 characters, only 2 tokens are used. Cut off: ''" in caplog.text
+
+
+def test_half_an_emoji_is_one_unknown_character(tokenizer):
+    assert words(tokenizer, "a \ud83d cat") == words(tokenizer, "a \ufffd cat")
+    assert words(tokenizer, "\ud83d\ude00") == words(tokenizer, "\U0001f600")
 
 
 def test_decode_is_the_inverse_on_clean_text(tokenizer):
