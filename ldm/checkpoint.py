@@ -115,8 +115,8 @@ def _faults(file: CheckpointFile, parts: list, allowed: str) -> dict:
             other += [f"{name} is {file.tensors[name].dtype}, expected floating point" for name in present
                       if "float" not in file.tensors[name].dtype]
             found = source.shape(file.tensors)
-            if found not in (None, part.shapes[path]):
-                misshapen.append(f"{source.names[0]} {found}, expected {part.shapes[path]}")
+            if found != part.shapes[path] and len(present) == len(source.names):
+                misshapen.append(f"{source.names[0]} {found or ()}, expected {part.shapes[path]}")
     ignored = "|".join([allowed] + [part.layout.ignored for part in parts])
     extra = [name for name in file.tensors if name not in used and not re.search(ignored, name)]
     return {"missing": missing, "of another shape": misshapen, "quantised or no weights": other, "unexpected": extra}
