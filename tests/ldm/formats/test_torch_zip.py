@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import struct
 import zipfile
 
 import numpy as np
 import pytest
 
-from tests.ldm.checkpoint_samples import assert_same, damage, fails, read_all, silent_truncations
-
-
-def pickled(value) -> bytes:
-    """The opcodes of an int, a str or a tuple of them; bytes are opcodes already."""
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, int):
-        return b"J" + struct.pack("<i", value)
-    if isinstance(value, str):
-        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-    return b"(" + b"".join(map(pickled, value)) + b"t"
-
-
-def glob(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def torch_tensor(key: str, count: int, size, stride, offset: int = 0, kind: str = "FloatStorage") -> bytes:
-    storage = pickled(("storage", glob("torch", kind), key, "cpu", count)) + b"Q"
-    hooks = glob("collections", "OrderedDict") + b")R"
-    args = (storage, offset, tuple(size), tuple(stride), b"\x89", hooks)
-    return glob("torch._utils", "_rebuild_tensor_v2") + pickled(args) + b"R"
-
-
-def torch_dict(items: dict) -> bytes:
-    return b"}(" + b"".join(pickled(key) + pickled(value) for key, value in items.items()) + b"u"
-
-
-def write_torch(path, opcodes: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + opcodes + b".")
-        archive.writestr("archive/byteorder", "little")
-        for key, content in storages.items():
-            archive.writestr(f"archive/data/{key}", content)
+from tests.ldm.checkpoint_samples import (
+    assert_same,
+    damage,
+    fails,
+    glob,
+    pickled,
+    read_all,
+    silent_truncations,
+    torch_dict,
+    torch_tensor,
+    write_torch,
+)
 
 
 def test_torch_archive(tmp_path):
