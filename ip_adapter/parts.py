@@ -5,7 +5,7 @@ Merging and building both come here; reading and strict checking is in `ldm/chec
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindspore import dtype as mstype
 from mindspore.nn.utils import no_init_parameters
@@ -60,9 +60,27 @@ def merged_sizes(tensors: dict, family: Family, config: ModelConfig) -> ModelSiz
         unet_config(unet, config.num_heads, config.num_head_channels, config.norm_groups),
         autoencoder_config(vae, config.norm_groups),
         tuple(text_config(view, activation) for view, activation in zip(texts, family.activations)),
-        image_config(View(tensors, family.image_encoder), config.image_heads),
+        image_encoder_config(View(tensors, family.image_encoder), config.image_heads, config.image_activation),
         image_proj_config(View(tensors, family.image_proj)),
     )
+
+
+_OPENAI_WIDTHS = (512, 768)  # of the embeddings of ViT-B and ViT-L; IP-Adapter's OpenCLIP encoders are wider
+
+
+def image_encoder_config(view: View, heads: int = 16, activation: str = "") -> CLIPImageConfig | None:
+    """Sizes of the image encoder in `view`; None if there is none.
+
+    Args:
+        view: the tensors, by the encoder's paths.
+        heads: of every attention.
+        activation: "gelu", "quick_gelu", or "" for that of the encoders usual with an embedding of this width.
+    """
+    size = image_config(view, heads)
+    if size is None:
+        return None
+    usual = "quick_gelu" if size.embed_dim in _OPENAI_WIDTHS else "gelu"
+    return replace(size, activation=activation or usual)
 
 
 ENCODERS = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
@@ -121,7 +139,7 @@ def image_encoder_part(file: CheckpointFile) -> tuple:
     network, not initialised, and its checked part."""
     merged = family_of(file.tensors).image_encoder
     layout = best_layout(file.tensors, ("class_embedding", "proj"), (IMAGE_ENCODER_TORCH, merged))
-    size = image_config(View(file.tensors, layout))
+    size = image_encoder_config(View(file.tensors, layout))
     if size is None:
         raise CheckpointError(f"--open_clip_vit {file.path}: holds no image encoder; expected "
                               "IP-Adapter's image_encoder/model.safetensors")

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 
 from ip_adapter.build import build_model
 from ip_adapter.config import ModelConfig
 from ip_adapter.families import SD15, SDXL, Family
 from ip_adapter.merge import convert, merge
+from ip_adapter.parts import merged_sizes
 from ip_adapter.standins import write_clip_standin
-from ldm.checkpoint_file import CheckpointError, save_arrays
+from ldm.checkpoint_file import CheckpointError, open_checkpoint, save_arrays
 from tests.conftest import SHALLOW, arrays
 from tests.ldm.checkpoint_samples import write_trainer_file
 
@@ -81,6 +83,28 @@ def test_a_whole_clip_as_image_encoder(standins, tmp_path):
             "vision_model.embeddings.position_ids": np.arange(50)[None]}
     save_arrays(tmp_path / "clip.safetensors", {**arrays(tmp_path / "clip.safetensors"), **idle})
     assert_equal(merged_arrays(SD15, tmp_path, {**files, "open_clip_vit": tmp_path / "clip.safetensors"}), expected)
+
+
+@pytest.mark.parametrize("width, given, expected", [
+    (512, "", "quick_gelu"), (768, "", "quick_gelu"), (1024, "", "gelu"), (1280, "", "gelu"), (32, "", "gelu"),
+    (768, "gelu", "gelu"), (1024, "quick_gelu", "quick_gelu")])
+def test_the_activation_of_an_image_encoder(merged, width, given, expected):
+    """By the width of its embedding unless the configuration tells."""
+    with open_checkpoint(merged) as file:
+        proj = "embedder.image_encoder.model.visual.proj"
+        tensors = {**file.tensors, proj: file.tensors[proj]._replace(shape=(64, width))}
+        sizes = merged_sizes(tensors, SD15, ModelConfig(image_activation=given))
+    assert (sizes.image.embed_dim, sizes.image.activation) == (width, expected)
+
+
+def test_the_activation_reaches_the_network(merged):
+    pixels = Tensor(np.linspace(-2, 2, 3 * 224 * 224, dtype=np.float32).reshape(1, 3, 224, 224))
+    embeddings = {}
+    for activation in ("", "gelu", "quick_gelu"):
+        encoder = build_model(merged, ModelConfig(image_activation=activation)).embedder.image_encoder
+        embeddings[activation] = encoder(pixels).asnumpy()
+    np.testing.assert_array_equal(embeddings[""], embeddings["gelu"])
+    assert np.abs(embeddings["gelu"] - embeddings["quick_gelu"]).max() > 1e-4
 
 
 @pytest.mark.parametrize("family, fixture, prefix", [(SD15, "standins", TEXT), (SDXL, "standins_xl", TEXT_XL)])
