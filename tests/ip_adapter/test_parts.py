@@ -10,6 +10,7 @@ from mindspore import Tensor
 from ip_adapter.build import build_model
 from ip_adapter.config import ModelConfig
 from ip_adapter.families import SD15, SDXL, Family
+from ip_adapter.features import FrozenEncoders
 from ip_adapter.merge import convert, merge
 from ip_adapter.parts import merged_sizes
 from ip_adapter.standins import write_clip_standin
@@ -98,11 +99,14 @@ def test_the_activation_of_an_image_encoder(merged, width, given, expected):
 
 
 def test_the_activation_reaches_the_network(merged):
+    """And what is kept of its embeddings: a cache made with another one is not used."""
     pixels = Tensor(np.linspace(-2, 2, 3 * 224 * 224, dtype=np.float32).reshape(1, 3, 224, 224))
-    embeddings = {}
+    embeddings, fingerprints = {}, {}
     for activation in ("", "gelu", "quick_gelu"):
-        encoder = build_model(merged, ModelConfig(image_activation=activation)).embedder.image_encoder
-        embeddings[activation] = encoder(pixels).asnumpy()
+        model = build_model(merged, ModelConfig(image_activation=activation))
+        embeddings[activation] = model.embedder.image_encoder(pixels).asnumpy()
+        fingerprints[activation] = FrozenEncoders(model).fingerprint
+    assert fingerprints[""] == fingerprints["gelu"] != fingerprints["quick_gelu"]
     np.testing.assert_array_equal(embeddings[""], embeddings["gelu"])
     assert np.abs(embeddings["gelu"] - embeddings["quick_gelu"]).max() > 1e-4
 
