@@ -128,7 +128,7 @@ def read_parameter(file: CheckpointFile, source: Source, dtype: str | None = Non
     Args:
         file: holds it.
         source: which tensors make it.
-        dtype: what it is cast to, "float32" or "float16"; None leaves it as the file has it.
+        dtype: what it is cast to, such as "float16"; None leaves it as the file has it.
 
     Raises:
         CheckpointError: it holds NaN or infinity, or would after the cast.
@@ -195,7 +195,8 @@ def plan(part: Part, target: Layout, dtype: str | None = None) -> dict:
     out = {}
     for path, source in part.sources().items():
         kind = dtype or part.file.tensors[source.names[0]].dtype
+        cast = None if kind == "bfloat16" else kind  # which numpy does not have: the writer narrows it
         for name, (shape, take) in target.source(path).disassemble(part.shapes[path]).items():
             out[name] = (TensorInfo(tuple(shape), kind),
-                         lambda source=source, take=take: take(read_parameter(part.file, source, dtype)))
+                         lambda source=source, take=take, cast=cast: take(read_parameter(part.file, source, cast)))
     return out

@@ -35,6 +35,21 @@ def test_values_that_are_not_finite_after_the_cast(tmp_path, value, stored, want
             plan(part, Layout(), wanted)["weight"][1]()
 
 
+def test_rows_stacked_from_two_dtypes_become_the_first(tmp_path):
+    """As far as they fit."""
+    stack = Layout(stacked=("^qk$", ("q", "k")))
+    for value in (2.0, 1e6):
+        rows = {"q": np.ones((1, 2), np.float16), "k": np.full((1, 2), value, np.float32)}
+        save_arrays(tmp_path / "x.safetensors", rows)
+        with open_checkpoint(tmp_path / "x.safetensors") as file:
+            info, read = plan(Part({"qk": (2, 2)}, file, stack), Layout())["qk"]
+            if value == 2:
+                assert info.dtype == "float16" and read().tolist() == [[1, 1], [2, 2]]
+                continue
+            with pytest.raises(CheckpointError, match="q holds values up to 1e[+]06, beyond the range of float16"):
+                read()
+
+
 @pytest.mark.parametrize("stored, value", [("float64", 1e38), ("float32", 3e38), ("float32", 1e-30),
                                            ("float16", 65504)])
 def test_large_values_that_fit_are_taken(tmp_path, stored, value):
