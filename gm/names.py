@@ -8,18 +8,18 @@ from ldm.names import (
     HUGGING_FACE_LAYERS,
     HUGGING_FACE_QKV,
     HUGGING_FACE_TEXT,
-    TORCH_BUFFERS,
+    IDLE,
     TORCH_NORMS,
     UNET_TORCH,
 )
 
-UNET_SDXL = Layout(UNET_TORCH.prefix)
+UNET_SDXL = Layout(UNET_TORCH.prefix, ignored=IDLE)
 CONTROLNET_SDXL = Layout(CONTROLNET_PREFIX)
 
 _TABLES = ((r"_embedding\.weight$", "_embedding.embedding_table"),)
 _CLIP_L = "conditioner.embedders.0.transformer.text_model."
 TEXT_L_SDXL = Layout(_CLIP_L, HUGGING_FACE_TEXT + HUGGING_FACE_LAYERS + _TABLES, stacked=HUGGING_FACE_QKV)
-TEXT_L_TORCH = Layout(_CLIP_L, HUGGING_FACE_TEXT + HUGGING_FACE_BLOCKS, stacked=HUGGING_FACE_QKV, ignored=TORCH_BUFFERS)
+TEXT_L_TORCH = Layout(_CLIP_L, HUGGING_FACE_TEXT + HUGGING_FACE_BLOCKS, stacked=HUGGING_FACE_QKV, ignored=IDLE)
 
 _BIG_G = "conditioner.embedders.1.model."
 _IN_PROJ = ((r"\.in_proj\.(weight|bias)$", r".in_proj_\1"),)

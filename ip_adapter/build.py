@@ -19,7 +19,7 @@ from ip_adapter.families import SD15, SDXL, Family, family_of
 from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel, IPAdapterImageEmbedder, start_image_proj
 from ip_adapter.inputs import Hint
 from ip_adapter.names import IMAGE_ATTENTION, TEXT_ONLY
-from ip_adapter.parts import ModelSizes, controlnet_part, find_adapter, merged_sizes, vae_part
+from ip_adapter.parts import ModelSizes, check_channels, controlnet_part, find_adapter, merged_sizes, vae_part
 from ip_adapter.patch import patch_cross_attention, set_ip_scale
 from ip_adapter.preprocess import clip_pixels, hint_pixels
 from ldm.checkpoint import Part, check, leave_memory, load, parameter_shapes
@@ -155,6 +155,7 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
         fresh = train_adapter and adapter is base and sizes.proj is None
         if sizes.absent() or family_of(base.tensors) is not family or adapter is base and not (fresh or sizes.proj):
             raise CheckpointError(f"{path}: {why_incomplete(base.tensors, sizes, family)}")
+        check_channels(str(path), sizes.unet, sizes.vae)
         with no_init_parameters():
             unet = UNetModel(sizes.unet, kind)
             if fresh:
@@ -179,7 +180,7 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
         check([part for _, part in encoders + denoising + autoencoder], allowed="|".join(
             [re.escape(CONTROLNET_PREFIX)] + [family.adapter_names] * (adapter is not base)))
         if extra.vae:
-            vae, part = vae_part(opened(extra.vae), config.norm_groups, vae_kind)
+            vae, part = vae_part(opened(extra.vae), sizes.unet, config.norm_groups, vae_kind)
             autoencoder = [(vae, part)]
         controlnets = [controlnet_part(opened(file) if file else base, sizes.unet, family, kind)
                        for file in extra.controlnets]

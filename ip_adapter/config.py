@@ -29,6 +29,8 @@ class ModelConfig:
         num_head_channels: channels of one head, or -1 if `num_heads` counts.
         norm_groups: of every group norm of the UNet, the ControlNets and the autoencoder.
         image_heads: heads of the image encoder.
+        image_activation: of the image encoder, "gelu" (OpenCLIP's) or "quick_gelu" (OpenAI's); "" goes by the width of
+            its embedding.
         scale_factor: what the autoencoder's latents are multiplied by.
         beta_start: beta of timestep 0.
         beta_end: beta of timestep 999.
@@ -39,10 +41,16 @@ class ModelConfig:
     num_head_channels: int = -1
     norm_groups: int = 32
     image_heads: int = 16
+    image_activation: str = ""
     scale_factor: float = 0.18215
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction: str = "eps"
+
+    def __post_init__(self) -> None:
+        if self.image_activation not in ("", "gelu", "quick_gelu"):
+            raise UserError(f"model.image_activation is '{self.image_activation}', expected gelu, quick_gelu or '' to "
+                            "go by the width of the embedding")
 
     def schedule(self) -> NoiseSchedule:
         """The noise the model was trained with, and what it predicts."""

@@ -42,11 +42,12 @@ class FrozenEncoders:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of all weights that features depend on; the UNet and the decoder are not among them."""
+        """sha256 of all that features depend on: weights and what is configured beside them, not of UNet or decoder."""
         vae = self.model.diffusion.vae
         digest = hashlib.sha256()
         for cell in (vae.encoder, vae.quant_conv, *self.model.diffusion.text_encoders,
                      self.model.embedder.image_encoder):
+            digest.update(repr(getattr(cell, "config", None)).encode())
             for path, parameter in cell.parameters_and_names():
                 digest.update(path.encode())
                 digest.update(parameter.asnumpy())

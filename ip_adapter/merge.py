@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ip_adapter.families import Family, family_of
 from ip_adapter.image_prompt import ImageProjModel
 from ip_adapter.names import IMAGE_ATTENTION, TEXT_ONLY
-from ip_adapter.parts import controlnet_part, find_adapter, image_encoder_part, vae_part
+from ip_adapter.parts import check_channels, controlnet_part, find_adapter, image_encoder_part, vae_part
 from ip_adapter.patch import patch_cross_attention
 from ip_adapter.pictures import remember_sha256
 from ldm.architecture import autoencoder_config, text_config, unet_config
@@ -23,6 +23,7 @@ from ldm.layout import Layout
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.unet import UNetModel
+from ldm.names import without_text_model
 
 
 def write_plan(out, planned: dict, description: str) -> int:
@@ -40,6 +41,15 @@ def write_plan(out, planned: dict, description: str) -> int:
     return len(planned)
 
 
+def base_layouts(tensors: dict, family: Family) -> tuple:
+    """Layouts of the parts of a base file: the family's for MindSpore, or the original ones as the file spells them."""
+    probe = ("input_blocks.1.0.in_layers.0.gamma", "input_blocks.1.0.in_layers.2.weight")
+    mindspore, torch = family.mindspore, family.torch
+    if best_layout(tensors, probe, (mindspore[0], torch[0])) is mindspore[0]:
+        return mindspore
+    return tuple(best_layout(tensors, ("token_embedding",), (layout, without_text_model(layout))) for layout in torch)
+
+
 def base_parts(file: CheckpointFile, family: Family, flag: str) -> tuple:
     """The networks of a base file and where they are in it, checked.
 
@@ -47,9 +57,7 @@ def base_parts(file: CheckpointFile, family: Family, flag: str) -> tuple:
         A patched UNet, not initialised, and the parts UNet without image attention, autoencoder and text encoders, in
         the order of `Family.mindspore`.
     """
-    probe = ("input_blocks.1.0.in_layers.0.gamma", "input_blocks.1.0.in_layers.2.weight")
-    mindspore, torch = family.mindspore, family.torch
-    layouts = torch if best_layout(file.tensors, probe, (mindspore[0], torch[0])) is torch[0] else mindspore
+    layouts = base_layouts(file.tensors, family)
     views = [View(file.tensors, layout) for layout in layouts]
     # Head counts change no shape, so any will do for naming.
     sizes = [unet_config(views[0], num_heads=8), autoencoder_config(views[1])] + [
@@ -58,6 +66,7 @@ def base_parts(file: CheckpointFile, family: Family, flag: str) -> tuple:
     if None in sizes or found is not family:
         what = f"an {found.name} file" if found is not family and sizes[0] else "not a whole model"
         raise CheckpointError(f"{flag} {file.path}: is {what}, expected {family.base}")
+    check_channels(f"{flag} {file.path}", sizes[0], sizes[1])
     with no_init_parameters():
         unet, autoencoder = UNetModel(sizes[0]), AutoencoderKL(sizes[1])
         texts = [CLIPTextTransformer(size) for size in sizes[2:]]
@@ -67,7 +76,7 @@ def base_parts(file: CheckpointFile, family: Family, flag: str) -> tuple:
         if name in views[-1]:
             shapes[-1][name] = views[-1].shape(name)
     parts = [Part(shape, file, layout) for shape, layout in zip(shapes, layouts)]
-    check(parts, allowed=family.merged_extras if layouts is mindspore else r"(?!)")
+    check(parts, allowed=family.merged_extras if layouts is family.mindspore else r"(?!)")
     return unet, parts
 
 
@@ -107,7 +116,7 @@ def merge(family: Family, base, open_clip_vit, ip_adapter, vae, out, controlnet=
         base = opened(base)
         unet, parts = base_parts(base, family, family.base_flag)
         if vae is not None:
-            parts[1] = vae_part(opened(vae))[1]
+            parts[1] = vae_part(opened(vae), unet.config)[1]
         planned = plan_base(parts, family, dtype)
 
         encoder, encoder_part = image_encoder_part(opened(open_clip_vit))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 from ldm.layout import Layout
-from ldm.names import HUGGING_FACE_BLOCKS, HUGGING_FACE_QKV, TORCH_BUFFERS, TORCH_NORMS
+from ldm.names import HUGGING_FACE_BLOCKS, HUGGING_FACE_QKV, IDLE, TORCH_NORMS
 
 
 def image_encoder_mindspore(embedder: str) -> Layout:
@@ -15,6 +15,7 @@ def image_encoder_mindspore(embedder: str) -> Layout:
     return Layout(embedder + "image_encoder.model.visual.")
 
 
+# Also inside a whole CLIP, whose text encoder is left out.
 IMAGE_ENCODER_TORCH = Layout("", (
     (r"^class_embedding$", "embeddings.class_embedding"),
     (r"^conv1\.", "embeddings.patch_embedding."),
@@ -23,7 +24,7 @@ IMAGE_ENCODER_TORCH = Layout("", (
 ) + HUGGING_FACE_BLOCKS + (
     (r"^(?!proj$)", "vision_model."),
     (r"^proj$", "visual_projection.weight"),
-), stacked=HUGGING_FACE_QKV, transposed=r"^proj$", ignored=TORCH_BUFFERS)
+), stacked=HUGGING_FACE_QKV, transposed=r"^proj$", ignored=IDLE + r"|^(text_model|text_projection)\.|^logit_scale$")
 
 
 def image_proj_mindspore(embedder: str) -> Layout:

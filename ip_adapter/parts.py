@@ -5,7 +5,7 @@ Merging and building both come here; reading and strict checking is in `ldm/chec
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindspore import dtype as mstype
 from mindspore.nn.utils import no_init_parameters
@@ -60,22 +60,73 @@ def merged_sizes(tensors: dict, family: Family, config: ModelConfig) -> ModelSiz
         unet_config(unet, config.num_heads, config.num_head_channels, config.norm_groups),
         autoencoder_config(vae, config.norm_groups),
         tuple(text_config(view, activation) for view, activation in zip(texts, family.activations)),
-        image_config(View(tensors, family.image_encoder), config.image_heads),
+        image_encoder_config(View(tensors, family.image_encoder), config.image_heads, config.image_activation),
         image_proj_config(View(tensors, family.image_proj)),
     )
+
+
+_OPENAI_WIDTHS = (512, 768)  # of the embeddings of ViT-B and ViT-L; IP-Adapter's OpenCLIP encoders are wider
+
+
+def image_encoder_config(view: View, heads: int = 16, activation: str = "") -> CLIPImageConfig | None:
+    """Sizes of the image encoder in `view`; None if there is none.
+
+    Args:
+        view: the tensors, by the encoder's paths.
+        heads: of every attention.
+        activation: "gelu", "quick_gelu", or "" for that of the encoders usual with an embedding of this width.
+    """
+    size = image_config(view, heads)
+    if size is None:
+        return None
+    usual = "quick_gelu" if size.embed_dim in _OPENAI_WIDTHS else "gelu"
+    return replace(size, activation=activation or usual)
 
 
 ENCODERS = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
 
 
-def vae_part(file: CheckpointFile, norm_groups: int = 32, dtype=mstype.float32) -> tuple:
-    """The autoencoder a file holds, in any spelling: the network, not initialised, and its checked part."""
+# What a UNet is for that takes more than latents, by its channels.
+_OTHER_UNETS = {5: "a depth model", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
+
+
+def check_channels(where: str, unet: UNetConfig, vae: AutoencoderConfig) -> None:
+    """Check that UNet and autoencoder pass each other latents and nothing else.
+
+    Args:
+        where: flag and file that the message names.
+        unet: sizes of the UNet.
+        vae: sizes of the autoencoder.
+
+    Raises:
+        CheckpointError: the UNet takes more beside the latents, or the autoencoder makes others.
+    """
+    if unet.in_channels != unet.out_channels:
+        kind = _OTHER_UNETS.get(unet.in_channels, "another kind of model")
+        raise CheckpointError(f"{where}: is {kind}, whose UNet takes {unet.in_channels} channels and gives "
+                              f"{unet.out_channels}; expected a text-to-image model, with as many in as out")
+    if vae.latent_channels != unet.in_channels:
+        kind = " (as those of SD3 and Flux have)" if vae.latent_channels == 16 else ""
+        raise CheckpointError(f"{where}: holds an autoencoder with {vae.latent_channels} latent channels{kind}, the "
+                              f"UNet takes {unet.in_channels}; give an autoencoder of the same family as the UNet")
+
+
+def vae_part(file: CheckpointFile, unet: UNetConfig, norm_groups: int = 32, dtype=mstype.float32) -> tuple:
+    """The autoencoder a file holds, in any spelling: the network, not initialised, and its checked part.
+
+    Args:
+        file: holds the autoencoder, alone or in a whole model.
+        unet: sizes of the UNet whose latents it is to decode.
+        norm_groups: of every group norm.
+        dtype: of the network.
+    """
     probe = ("encoder.norm_out.gamma", "encoder.mid.attn_1.q.weight")
     layout = best_layout(file.tensors, probe, VAE_DIFFUSERS + (VAE_ALONE, VAE_TORCH, VAE_MINDSPORE))
     size = autoencoder_config(View(file.tensors, layout), norm_groups)
     if size is None:
         raise CheckpointError(f"--vae {file.path}: holds no autoencoder; expected that of diffusers, such as "
                               "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
+    check_channels(f"--vae {file.path}", unet, size)
     with no_init_parameters():
         autoencoder = AutoencoderKL(size, dtype)
     part = Part(parameter_shapes(autoencoder), file, layout)
@@ -88,7 +139,7 @@ def image_encoder_part(file: CheckpointFile) -> tuple:
     network, not initialised, and its checked part."""
     merged = family_of(file.tensors).image_encoder
     layout = best_layout(file.tensors, ("class_embedding", "proj"), (IMAGE_ENCODER_TORCH, merged))
-    size = image_config(View(file.tensors, layout))
+    size = image_encoder_config(View(file.tensors, layout))
     if size is None:
         raise CheckpointError(f"--open_clip_vit {file.path}: holds no image encoder; expected "
                               "IP-Adapter's image_encoder/model.safetensors")

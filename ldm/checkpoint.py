@@ -85,52 +85,74 @@ def best_layout(tensors: dict, paths: Iterable[str], layouts: Iterable[Layout]) 
 
 
 def check(parts: Iterable[Part], allowed: str = r"(?!)") -> None:
-    """Check that the parts find all their tensors with the right shapes, and that their files hold nothing else.
+    """Check that the parts find all their tensors, floats of the right shapes, and that their files hold nothing else.
 
     Args:
         parts: all parts that are read from the files concerned.
         allowed: pattern of names a file may hold beyond that.
 
     Raises:
-        CheckpointError: naming what is missing, misshapen or left over (20 of each, and totals).
+        CheckpointError: naming what is missing, misshapen, no weights or left over (20 of each, and totals).
     """
     by_file: dict = {}
     for part in parts:
         by_file.setdefault(part.file, []).append(part)
     for file, its_parts in by_file.items():
-        missing, misshapen, used = [], [], set()
-        for part in its_parts:
-            for path, source in part.sources().items():
-                used.update(source.names)
-                found = source.shape(file.tensors)
-                if found is None:
-                    missing += [name for name in source.names if name not in file.tensors]
-                elif found != part.shapes[path]:
-                    misshapen.append(f"{source.names[0]} {found}, expected {part.shapes[path]}")
-        ignored = "|".join([allowed] + [part.layout.ignored for part in its_parts])
-        extra = [name for name in file.tensors if name not in used and not re.search(ignored, name)]
         report = [f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-                  for what, names in (("missing", missing), ("of another shape", misshapen), ("unexpected", extra))
-                  if names]
+                  for what, names in _faults(file, its_parts, allowed).items() if names]
         if report:
             raise CheckpointError(f"{file.path} does not fit the network: {'; '.join(report)}")
 
 
-def read_parameter(file: CheckpointFile, source: Source) -> np.ndarray:
-    """One parameter, float, checked to be finite.
+def _faults(file: CheckpointFile, parts: list, allowed: str) -> dict:
+    """What `check` finds in one file: descriptions of tensors by the kind of fault."""
+    missing, misshapen, other, used = [], [], [], set()
+    for part in parts:
+        for path, source in part.sources().items():
+            used.update(source.names)
+            present = [name for name in source.names if name in file.tensors]
+            missing += [name for name in source.names if name not in present]
+            other += [f"{name} is {file.tensors[name].dtype}, expected floating point" for name in present
+                      if "float" not in file.tensors[name].dtype]
+            found = source.shape(file.tensors)
+            if found != part.shapes[path] and len(present) == len(source.names):
+                misshapen.append(f"{source.names[0]} {found or ()}, expected {part.shapes[path]}")
+    ignored = "|".join([allowed] + [part.layout.ignored for part in parts])
+    extra = [name for name in file.tensors if name not in used and not re.search(ignored, name)]
+    return {"missing": missing, "of another shape": misshapen, "quantised or no weights": other, "unexpected": extra}
+
+
+def read_parameter(file: CheckpointFile, source: Source, dtype: str | None = None) -> np.ndarray:
+    """One parameter, float, checked to be finite as it will be used.
+
+    Args:
+        file: holds it.
+        source: which tensors make it.
+        dtype: what it is cast to, such as "float16"; None leaves it as the file has it.
 
     Raises:
-        CheckpointError: it holds NaN or infinity.
+        CheckpointError: it holds NaN or infinity, or would after the cast.
     """
-    value = assemble(source, file.read)
-    # A sum is one fast pass and cannot be finite if an element is not; a finite but huge tensor may overflow it.
+    stored = assemble(source, file.read)
+    # Who reads the message is told of the cast, and not of each element that numpy warns about.
     with np.errstate(over="ignore", invalid="ignore"):
+        value = np.asarray(stored, dtype)
+        # A sum is one fast pass and cannot be finite if an element is not; a finite but huge tensor may overflow it.
         if not np.isfinite(value.sum(dtype=np.float32)) and not np.isfinite(value).all():
-            raise CheckpointError(f"{file.path}: {source.names[0]} holds NaN or infinite values; the file is damaged")
+            raise CheckpointError(f"{file.path}: {source.names[0]} {_not_finite(stored, value)}")
     return value
 
 
-_NUMPY = {mstype.float32: np.float32, mstype.float16: np.float16}
+def _not_finite(stored: np.ndarray, value: np.ndarray) -> str:
+    """What is wrong with a tensor that is not finite once it is cast, and the way out."""
+    if not np.isfinite(stored).all():
+        return "holds NaN or infinite values; the file is damaged"
+    largest, fits = np.abs(stored).max(), np.abs(stored).max() <= np.finfo(np.float32).max
+    way_out = "use --dtype float32" if fits else "the file is damaged, or no weights"
+    return f"holds values up to {largest:.3g}, beyond the range of {value.dtype}; {way_out}"
+
+
+_NUMPY = {mstype.float32: "float32", mstype.float16: "float16"}
 
 
 def load(cell: nn.Cell, part: Part) -> None:
@@ -140,9 +162,9 @@ def load(cell: nn.Cell, part: Part) -> None:
     """
     parameters, mappings = dict(cell.parameters_and_names()), []
     for path, source in part.sources().items():
-        value = read_parameter(part.file, source)
         parameter = parameters[path]
-        value = np.ascontiguousarray(value, dtype=_NUMPY[parameter.dtype]).reshape(parameter.shape)
+        value = read_parameter(part.file, source, _NUMPY[parameter.dtype])
+        value = np.ascontiguousarray(value).reshape(parameter.shape)
         parameter.set_data(Tensor.from_numpy(value))  # shares the memory, no second copy
         mappings.append(mapping(value))
     cell.mappings = [*getattr(cell, "mappings", ()), *(pages for pages in mappings if pages is not None)]
@@ -173,7 +195,8 @@ def plan(part: Part, target: Layout, dtype: str | None = None) -> dict:
     out = {}
     for path, source in part.sources().items():
         kind = dtype or part.file.tensors[source.names[0]].dtype
+        cast = None if kind == "bfloat16" else kind  # which numpy does not have: the writer narrows it
         for name, (shape, take) in target.source(path).disassemble(part.shapes[path]).items():
             out[name] = (TensorInfo(tuple(shape), kind),
-                         lambda source=source, take=take: take(read_parameter(part.file, source)))
+                         lambda source=source, take=take, cast=cast: take(read_parameter(part.file, source, cast)))
     return out

@@ -14,11 +14,13 @@ import hashlib
 import mmap
 import os
 import shutil
+import stat
 from pathlib import Path
-from typing import Callable
+from typing import BinaryIO, Callable, Iterator
 
 import numpy as np
 
+from ldm.files import reason, replacing
 from ldm.formats.index import (
     DTYPES,
     MAX_INDEX_BYTES,
@@ -138,16 +140,7 @@ def open_checkpoint(path) -> CheckpointFile:
         CheckpointError: missing, empty, cut short, damaged, of another kind, or holding what we cannot represent. No
             code that a pickle carries is ever run.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder, expected one checkpoint file; name a file in it")
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError as error:
-        where = "its folder exists" if path.parent.is_dir() else f"nor does the folder {path.parent}"
-        raise CheckpointError(f"{path} does not exist ({where}); check the path or download the file") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened: {error.strerror}; check its permissions") from error
+    file, path = _opened(path), Path(path)
     try:
         entries = _index_reader(file, path.suffix.lower())(file, os.fstat(file.fileno()).st_size)
         if not entries:
@@ -155,9 +148,26 @@ def open_checkpoint(path) -> CheckpointFile:
         return CheckpointFile(path, file, entries)
     except CheckpointError as error:
         file.close()
-        # A damaged name may hold line breaks and terminal codes.
-        reason = "".join(letter if letter.isprintable() else "?" for letter in str(error))
-        raise CheckpointError(f"{path}: {reason}") from error
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _opened(path) -> BinaryIO:
+    """A regular file, open for reading: to open a pipe would wait for its other end, and devices have no size."""
+    try:
+        if not str(path) or "\0" in str(path):
+            raise CheckpointError(f"the path '{path}' is empty or holds a NUL character; name a checkpoint file")
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise CheckpointError(f"{path} is a folder, expected one checkpoint file; name a file in it")
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path} is not a regular file, expected one checkpoint file; save it as one")
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        folder = Path(path).parent
+        where = "its folder exists" if folder.is_dir() else f"nor does the folder {folder}"
+        raise CheckpointError(f"{path} does not exist ({where}); check the path or download the file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {reason(error)}; check its permissions") from error
 
 
 def _index_reader(file, suffix: str) -> Callable:
@@ -214,7 +224,7 @@ def write_checkpoint(
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{path}: '{name}' has dtype '{info.dtype}', expected one of {', '.join(DTYPES)}")
     digest = hashlib.sha256()
-    with _replacing(path, sum(info.nbytes for info in infos.values())) as file:
+    with _written(path, sum(info.nbytes for info in infos.values())) as file:
 
         def write(data) -> None:
             digest.update(data)
@@ -260,25 +270,23 @@ def _payload(path: Path, name: str, array: np.ndarray, info: TensorInfo) -> np.n
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, needed: int):
-    """A new file, open for writing, that takes the place of `path` if the block ends without an exception."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    room = "but its folder cannot be made"
-    way_out = "check the permissions, free some space or name another folder"
+def _written(path: Path, needed: int) -> Iterator:
+    """`ldm.files.replacing` with its errors as those of a checkpoint, that tell how much room there is."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        room = f"{free} are free"
-        if free < needed:
-            raise CheckpointError(f"{path} needs {needed} bytes, {room} ({needed - free} short); {way_out}")
-        with open(temporary, "wb") as file:
+        with replacing(path, needed) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        reason = f"{error.strerror or error}; it needs {needed} bytes, {room}; {way_out}"
-        raise CheckpointError(f"{path} cannot be written: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):  # after the replace it is gone
-            temporary.unlink()
+        way_out = "check the permissions, free some space or name another folder"
+        free = _free_bytes(path.parent)
+        if free < needed:
+            raise CheckpointError(f"{path} needs {needed} bytes, {free} are free ({needed - free} short); "
+                                  f"{way_out}") from error
+        raise CheckpointError(f"{path} cannot be written: {reason(error)}; it needs {needed} bytes, {free} are free; "
+                              f"{way_out}") from error
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free space where a folder is or would be made."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -4,14 +4,22 @@ Network paths are CompVis/sgm names with MindSpore's norm names (gamma, beta).
 """
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ldm.layout import Layout
 
 # Every torch file: norms and embeddings are `weight` and `bias`.
 TORCH_NORMS = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
-# Present in some torch files, of no use: constant indices, the schedule, the training average's bookkeeping.
-TORCH_BUFFERS = (r"position_ids$|^(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_(one_minus_)?alphas_cumprod"
-                 r"|log_one_minus_alphas_cumprod|sqrt_recip(m1)?_alphas_cumprod|posterior_variance"
-                 r"|posterior_log_variance_clipped|posterior_mean_coef[12]|logvar)$|^model_ema\.")
+# Present in some files of either family, of no use: constant indices, the schedule, the training average and its
+# bookkeeping, what tools train beside a model, and what a whole CLIP has beyond the hidden states that are used of it.
+IDLE = "|".join((
+    r"position_ids$",
+    r"^(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod"
+    r"|sqrt_recip(m1)?_alphas_cumprod|posterior_variance|posterior_log_variance_clipped|posterior_mean_coef[12]|logvar"
+    r"|lvlb_weights|denoiser\.sigmas)$",
+    r"^(model_ema|embedding_manager)\.",
+    r"^(cond_stage_model|conditioner\.embedders\.0)\.(.+\.)?(logit_scale|text_projection(\.weight)?)$",
+))
 
 # MindSpore SD-1.5 files wrap most UNet convolutions in a cell of their own.
 _SD15_CONVOLUTIONS = (
@@ -23,8 +31,8 @@ _SD15_CONVOLUTIONS = (
     (r"\.(op|skip_connection)\.", r".\1.conv."),
     (r"^(output_blocks\.\d+\.\d+)\.conv\.", r"\1.conv.conv."),
 )
-UNET_SD15 = Layout("model.diffusion_model.", _SD15_CONVOLUTIONS)
-UNET_TORCH = Layout("model.diffusion_model.", TORCH_NORMS, ignored=TORCH_BUFFERS)
+UNET_SD15 = Layout("model.diffusion_model.", _SD15_CONVOLUTIONS, ignored=IDLE)
+UNET_TORCH = Layout("model.diffusion_model.", TORCH_NORMS, ignored=IDLE)
 
 # Merged files keep the ControlNet inside the UNet.
 CONTROLNET_PREFIX = "model.diffusion_model.controlnet."
@@ -33,8 +41,8 @@ CONTROLNET_SD15 = Layout(CONTROLNET_PREFIX, _SD15_CONVOLUTIONS + (
     (r"^(zero_convs\.\d+|middle_block_out)\.0\.", r"\1.conv."),
 ))
 # Original files come with and without a prefix; the older ones hold the whole model that was trained.
-_WHOLE_MODEL = TORCH_BUFFERS + r"|^(model\.diffusion_model|first_stage_model|cond_stage_model)\."
-CONTROLNET_TORCH = (Layout("control_model.", TORCH_NORMS, ignored=_WHOLE_MODEL), Layout("", TORCH_NORMS))
+_WHOLE_MODEL = IDLE + r"|^(model\.diffusion_model|first_stage_model|cond_stage_model)\."
+CONTROLNET_TORCH = (Layout("control_model.", TORCH_NORMS, ignored=_WHOLE_MODEL), Layout("", TORCH_NORMS, ignored=IDLE))
 
 
 def _encoder_diffusers(levels: int = 4, num_res_blocks: int = 2) -> tuple:
@@ -67,7 +75,7 @@ CONTROLNET_DIFFUSERS = Layout("", _encoder_diffusers() + _HINT_DIFFUSERS + (
 
 VAE_MINDSPORE = Layout("first_stage_model.")
 VAE_TORCH = Layout("first_stage_model.", TORCH_NORMS)
-VAE_ALONE = Layout("", TORCH_NORMS, ignored=r"^(loss|model_ema)\.")  # as trained by CompVis' code, in a file of its own
+VAE_ALONE = Layout("", TORCH_NORMS, ignored=IDLE + r"|^loss\.")  # as trained by CompVis' code, in a file of its own
 
 
 def _vae_diffusers(q: str, k: str, v: str, out: str) -> Layout:
@@ -117,8 +125,15 @@ HUGGING_FACE_TEXT = (
 )
 TEXT_TORCH = Layout("cond_stage_model.transformer.text_model.", HUGGING_FACE_TEXT + HUGGING_FACE_BLOCKS,
                     stacked=HUGGING_FACE_QKV)
+
+
+def without_text_model(layout: Layout) -> Layout:
+    """The same text encoder as some save it, with one word less in its names; another network is left as it is."""
+    return replace(layout, prefix=layout.prefix.removesuffix("text_model."))
+
+
 # A whole CLIP's text encoder; the image encoder beside it is ip_adapter/names.py's.
 CLIP_TEXT_TORCH = Layout("", HUGGING_FACE_TEXT + HUGGING_FACE_BLOCKS + (
     (r"^(?!text_projection$)", "text_model."),
     (r"^text_projection$", "text_projection.weight"),
-), stacked=HUGGING_FACE_QKV, transposed=r"^text_projection$", ignored=TORCH_BUFFERS)
+), stacked=HUGGING_FACE_QKV, transposed=r"^text_projection$", ignored=IDLE)

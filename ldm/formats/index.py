@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.files import printable
 
 MAX_INDEX_BYTES = 100_000_000  # the safetensors limit of its header, used for a torch pickle too
 
@@ -44,8 +45,12 @@ DTYPES = {
 class CheckpointError(UserError):
     """A checkpoint file that cannot be read or written, with the reason and the way out in one line.
 
-    The formats leave the path out of the reason; `open_checkpoint` puts it in front.
+    The formats leave the path out of the reason; `open_checkpoint` puts it in front. Names of files and tensors may
+    hold line breaks and terminal codes, which are shown as `?`.
     """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class TensorInfo(NamedTuple):

@@ -1,6 +1,7 @@
 """torch .bin / .pt / .pth: a zip archive of one pickle, whose tensors point to uncompressed members.
 
-A pickle is a program. Here it can reach nothing but the few stand-ins below, whatever it asks for.
+A pickle is a program. Here it can reach nothing but the few stand-ins below, whatever it asks for. It may mention other
+things as plain data, as trainers do beside the weights, but neither call, build nor alter them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from typing import NamedTuple
 
 from ldm.formats.index import DTYPES, MAX_INDEX_BYTES, CheckpointError, Entry, checked_info, damaged
 
+MAX_MENTIONS = 1000  # each takes memory; a trainer mentions a dozen
 _DTYPE_OF = {row.torch: dtype for dtype, row in DTYPES.items() if row.torch}
 
 
 def index_torch(file, size: int) -> dict[str, Entry]:
-    """Where each tensor of a torch zip archive lies, nested dicts flattened with dots; see `ldm.formats`."""
+    """Where each tensor of a torch zip archive lies, nested dicts flattened with dots; see `ldm.formats`.
+
+    Of a trainer's file only the `state_dict` counts: optimizer and bookkeeping beside it are left out.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             data, members = _members(file, size, archive)
@@ -30,6 +35,9 @@ def index_torch(file, size: int) -> dict[str, Entry]:
                 raise ValueError(f"memo entry {argument}")
         content = _TensorUnpickler(io.BytesIO(data), members).load()
         entries: dict[str, Entry] = {}
+        # Not content.get: the pickle can give an OrderedDict another attribute of that name.
+        if isinstance(content, dict) and isinstance(dict.get(content, "state_dict"), dict):
+            content = dict.get(content, "state_dict")
         if isinstance(content, dict):
             _flatten("", content, entries, set())
         return entries
@@ -105,15 +113,36 @@ class _RebuildParameter:
         return data
 
 
+def _refuse(cls, *_):
+    """Refuse what a pickle wants to do with a thing that it may only mention."""
+    raise CheckpointError(
+        f"carries code: its pickle asks for {cls.reference}, more than plain tensors need; refused, nothing "
+        "was run. Use a .safetensors file instead"
+    )
+
+
+class _Mention(type):
+    """Type of the stand-ins for things that a pickle mentions.
+
+    They are classes, for only of classes the unpickler tries to make objects without a call; these refuse that too.
+    """
+
+    __call__ = __setstate__ = _refuse
+
+    def __repr__(cls) -> str:
+        return cls.reference
+
+
 class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles nested dicts of tensors into `Entry`s; refuses all else before anything is called."""
+    """Unpickles nested dicts of tensors into `Entry`s; refuses to call, build or alter anything else."""
 
     def __init__(self, stream, members: dict[str, tuple[int, int]]):
         super().__init__(stream)
         self._members = members  # storage key: start and length in bytes
+        self._mentions: dict[str, _Mention] = {}
 
     def find_class(self, module: str, name: str):
-        """Our stand-in for a global that a plain tensor file needs."""
+        """Our stand-in for a global."""
         if module == "torch" and name in _DTYPE_OF:
             return name
         if (module, name) == ("collections", "OrderedDict"):
@@ -122,14 +151,19 @@ class _TensorUnpickler(pickle.Unpickler):
             return _RebuildTensor()
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _RebuildParameter()
-        raise CheckpointError(
-            f"carries code: its pickle asks for {module}.{name}, more than plain tensors need; refused, nothing "
-            "was run. Use a .safetensors file instead"
-        )
+        reference = f"{module}.{name}"
+        if len(self._mentions) >= MAX_MENTIONS:
+            raise CheckpointError(f"mentions more than {MAX_MENTIONS} things besides tensors, such as {reference}; "
+                                  "use a .safetensors file instead")
+        return self._mentions.setdefault(reference, _Mention("Mention", (), {
+            "__slots__": (), "__new__": _refuse, "reference": reference}))
 
     def persistent_load(self, pid) -> _Storage:
         """The storage that a tensor points to: ("storage", class, key, device, elements)."""
         _, storage_class, key, _, length = pid
+        if isinstance(storage_class, _Mention):
+            raise CheckpointError(f"holds a {storage_class!r}, expected tensors of {', '.join(_DTYPE_OF.values())}; "
+                                  "save it again as one of these")
         dtype = _DTYPE_OF[storage_class]
         start, nbytes = self._members[key]
         if length * DTYPES[dtype].nbytes > nbytes:

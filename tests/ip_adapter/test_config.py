@@ -15,7 +15,8 @@ def test_every_shipped_file_is_valid(path):
 @pytest.mark.parametrize("text, message", [
     ("sampling:\n  stps: 3", "stps"), ("sampling:\n  H: tall", "sampling.H"), ("name: [1, 2", "not valid YAML"),
     ("- 1\n- 2", "c.yaml"), (None, "no such file"), ("model: other.yaml", "other.yaml: no such file"),
-    ("model:\n  heads: 3", "heads")])
+    ("model:\n  heads: 3", "heads"),
+    ("model:\n  image_activation: relu", "image_activation is 'relu', expected gelu, quick_gelu or ''")])
 def test_mistakes_are_named(tmp_path, text, message):
     path = tmp_path / "c.yaml"
     if text is not None:

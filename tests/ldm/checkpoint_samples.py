@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -77,3 +79,48 @@ def damage(path) -> None:
             read_all(path)
         except CheckpointError:
             pass
+
+
+def pickled(value) -> bytes:
+    """The opcodes of an int, a str or a tuple of them; bytes are opcodes already."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, int):
+        return b"J" + struct.pack("<i", value)
+    if isinstance(value, str):
+        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+    return b"(" + b"".join(map(pickled, value)) + b"t"
+
+
+def glob(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def torch_tensor(key: str, count: int, size, stride, offset: int = 0, kind: str = "FloatStorage") -> bytes:
+    storage = pickled(("storage", glob("torch", kind), key, "cpu", count)) + b"Q"
+    hooks = glob("collections", "OrderedDict") + b")R"
+    args = (storage, offset, tuple(size), tuple(stride), b"\x89", hooks)
+    return glob("torch._utils", "_rebuild_tensor_v2") + pickled(args) + b"R"
+
+
+def torch_dict(items: dict) -> bytes:
+    return b"}(" + b"".join(pickled(key) + pickled(value) for key, value in items.items()) + b"u"
+
+
+def write_torch(path, opcodes: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + opcodes + b".")
+        archive.writestr("archive/byteorder", "little")
+        for key, content in storages.items():
+            archive.writestr(f"archive/data/{key}", content)
+
+
+def write_trainer_file(path, arrays: dict[str, np.ndarray]) -> None:
+    """Float32 arrays as the state_dict of a trainer's torch file, with what it keeps beside them."""
+    tensors = {name: torch_tensor(str(i), array.size, array.shape,
+                                  [stride // array.itemsize for stride in np.ascontiguousarray(array).strides])
+               for i, (name, array) in enumerate(arrays.items())}
+    callbacks = b"}" + glob("pytorch_lightning.callbacks", "ModelCheckpoint") + torch_dict({"best": 1}) + b"s"
+    content = {"epoch": 3, "optimizer_states": b"](" + torch_dict({"exp_avg": next(iter(tensors.values()))}) + b"e",
+               "callbacks": callbacks, "state_dict": torch_dict(tensors)}
+    write_torch(path, torch_dict(content), {str(i): array.tobytes() for i, array in enumerate(arrays.values())})

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from ldm import checkpoint_file
+from ldm import checkpoint_file, files
 from ldm.checkpoint import leave_memory
 from ldm.checkpoint_file import CheckpointError, TensorInfo, open_checkpoint, save_arrays, write_checkpoint
 from tests.ldm.checkpoint_samples import assert_same, fails, read_all, sample_arrays
@@ -72,6 +72,12 @@ def test_messages_for_what_is_no_checkpoint(tmp_path):
     fails(tmp_path / "absent.ckpt", "does not exist", "its folder exists")
     fails(tmp_path / "no" / "absent.ckpt", "nor does the folder")
     fails(tmp_path, "is a folder")
+    fails("", "the path '' is empty", "name a checkpoint file")
+    with pytest.raises(CheckpointError, match="the path 'a[?]b' is empty or holds a NUL"):
+        open_checkpoint("a\0b")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        fails(path, "is not a regular file, expected one checkpoint file")
     path = tmp_path / "x.bin"
     for content, word in (
         (b"", "empty"),
@@ -82,6 +88,19 @@ def test_messages_for_what_is_no_checkpoint(tmp_path):
     ):
         path.write_bytes(content)
         fails(path, word)
+
+
+def test_messages_hold_no_control_characters(tmp_path):
+    """Whether a file or a tensor is named so, and who raises them."""
+    path = tmp_path / "a\x1b[31m\nb.safetensors"
+    with pytest.raises(CheckpointError, match=r"a\?\[31m\?b.safetensors does not exist"):
+        open_checkpoint(path)
+    save_arrays(path, {"w": np.ones(2, np.float32)})
+    with open_checkpoint(path) as file:
+        with pytest.raises(CheckpointError, match=r"a\?\[31m\?b.safetensors has no tensor 'x\?y'"):
+            file.read("x\ny")
+    with pytest.raises(CheckpointError, match=r"b.safetensors: 'x\?y' has dtype 'complex64'"):
+        save_arrays(path, {"x\ny": np.ones(2, np.complex64)})
 
 
 @pytest.mark.parametrize("count", [100_000, 1_000_000])  # copied, mapped
@@ -141,18 +160,17 @@ def test_disk_errors_name_path_and_bytes(tmp_path, monkeypatch, call):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, call, full)
-    if call == "mkdir":
-        monkeypatch.setattr("pathlib.Path.mkdir", full)
-    with pytest.raises(CheckpointError, match="x.ckpt cannot be written: No space left.* needs 400 bytes, .* free"):
-        save_arrays(path, {"w": np.ones(100, np.float32)})
+    monkeypatch.setattr(*(("pathlib.Path.mkdir", full) if call == "mkdir" else (os, call, full)))
+    wanted = tmp_path / "new" / "x.ckpt" if call == "mkdir" else path
+    with pytest.raises(CheckpointError, match="x.ckpt cannot be written: No space left.* needs 400 bytes, .* are free"):
+        save_arrays(wanted, {"w": np.ones(100, np.float32)})
     monkeypatch.undo()
     assert os.listdir(tmp_path) == [path.name]
     assert_same(read_all(path), sample_arrays())
 
 
 def test_disk_full_while_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_file, "open", lambda path, mode: open("/dev/full", mode), raising=False)
+    monkeypatch.setattr(files, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     with pytest.raises(CheckpointError, match="No space left"):
         save_arrays(tmp_path / "x.safetensors", {"w": np.ones(100, np.float32)})
     assert os.listdir(tmp_path) == []

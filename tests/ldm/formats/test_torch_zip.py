@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import struct
 import zipfile
 
 import numpy as np
 import pytest
 
-from tests.ldm.checkpoint_samples import assert_same, damage, fails, read_all, silent_truncations
-
-
-def pickled(value) -> bytes:
-    """The opcodes of an int, a str or a tuple of them; bytes are opcodes already."""
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, int):
-        return b"J" + struct.pack("<i", value)
-    if isinstance(value, str):
-        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-    return b"(" + b"".join(map(pickled, value)) + b"t"
-
-
-def glob(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def torch_tensor(key: str, count: int, size, stride, offset: int = 0, kind: str = "FloatStorage") -> bytes:
-    storage = pickled(("storage", glob("torch", kind), key, "cpu", count)) + b"Q"
-    hooks = glob("collections", "OrderedDict") + b")R"
-    args = (storage, offset, tuple(size), tuple(stride), b"\x89", hooks)
-    return glob("torch._utils", "_rebuild_tensor_v2") + pickled(args) + b"R"
-
-
-def torch_dict(items: dict) -> bytes:
-    return b"}(" + b"".join(pickled(key) + pickled(value) for key, value in items.items()) + b"u"
-
-
-def write_torch(path, opcodes: bytes, storages: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + opcodes + b".")
-        archive.writestr("archive/byteorder", "little")
-        for key, content in storages.items():
-            archive.writestr(f"archive/data/{key}", content)
+from tests.ldm.checkpoint_samples import (
+    assert_same,
+    damage,
+    fails,
+    glob,
+    pickled,
+    read_all,
+    silent_truncations,
+    torch_dict,
+    torch_tensor,
+    write_torch,
+)
 
 
 def test_torch_archive(tmp_path):
@@ -111,6 +87,64 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, module, name):
     write_torch(tmp_path / "x.bin", torch_dict({"w": tensor, "evil": call}), {"0": bytes(8)})
     fails(tmp_path / "x.bin", f"{module}.{name}", "refused", "nothing was run", ".safetensors")
     assert not canary.exists()
+
+
+def test_a_trainer_keeps_its_weights_under_state_dict(tmp_path):
+    """What stands beside them is left out, and may mention classes as long as none is used."""
+    callback = glob("pytorch_lightning.callbacks", "ModelCheckpoint")
+    weights = torch_dict({"w": torch_tensor("0", 2, (2,), (1,)), "dtype": glob("torch", "float32")})
+    content = {
+        "epoch": 3,
+        "optimizer_states": b"](" + torch_dict({"exp_avg": torch_tensor("1", 2, (2,), (1,))}) + b"e",
+        "callbacks": b"}" + callback + torch_dict({"best": torch_tensor("1", 2, (2,), (1,))}) + b"s",
+        "state_dict": weights,
+    }
+    storages = {"0": np.array([1, 2], np.float32).tobytes(), "1": bytes(8)}
+    write_torch(tmp_path / "x.ckpt", torch_dict(content), storages)
+    assert_same(read_all(tmp_path / "x.ckpt"), {"w": np.array([1, 2], np.float32)})
+    write_torch(tmp_path / "x.ckpt", torch_dict({"state_dict": 1, "w": content["callbacks"]}), storages)
+    assert list(read_all(tmp_path / "x.ckpt")) == ["w.pytorch_lightning.callbacks.ModelCheckpoint.best"]
+
+
+@pytest.mark.parametrize("use", [
+    b")R",  # a call without arguments
+    pickled(("touch canary",)) + b"R",
+    b")\x81",  # an object without a call
+    b")}\x92",  # the same with keywords
+    torch_dict({"reference": 1}) + b"b",  # an attribute
+    pickled((b"N", torch_dict({"reference": 1}))) + b"b",
+])
+@pytest.mark.parametrize("module, name", [("os", "system"), ("builtins", "dict"), ("builtins", "type")])
+def test_what_is_mentioned_can_neither_be_called_nor_built_nor_altered(tmp_path, use, module, name):
+    tensor = torch_tensor("0", 2, (2,), (1,))
+    content = {"state_dict": torch_dict({"w": tensor}), "evil": glob(module, name) + use}
+    write_torch(tmp_path / "x.bin", torch_dict(content), {"0": bytes(8)})
+    fails(tmp_path / "x.bin", f"carries code: its pickle asks for {module}.{name}", "refused", "nothing was run")
+
+
+@pytest.mark.parametrize("opcodes", [b"(" + b"ios\nsystem\n", b"(" + glob("os", "system") + b"o",
+                                     b"(" + glob("os", "system") + pickled("touch canary") + b"o"])
+def test_old_ways_to_make_an_object_are_refused_too(tmp_path, opcodes):
+    write_torch(tmp_path / "x.bin", torch_dict({"evil": opcodes}), {"0": bytes(8)})
+    fails(tmp_path / "x.bin", "carries code: its pickle asks for os.system", "nothing was run")
+
+
+@pytest.mark.parametrize("use", [b"(" + pickled("a") + b"e", pickled("a") + b"a", pickled("a") + pickled("b") + b"s"])
+def test_what_is_mentioned_holds_nothing(tmp_path, use):
+    write_torch(tmp_path / "x.bin", torch_dict({"evil": glob("os", "environ") + use}), {"0": bytes(8)})
+    fails(tmp_path / "x.bin", "damaged")
+
+
+def test_mentions_are_counted(tmp_path):
+    many = b"](" + b"".join(glob("a", f"b{n}") for n in range(2000)) + b"e"
+    write_torch(tmp_path / "x.bin", torch_dict({"w": many}), {"0": bytes(8)})
+    fails(tmp_path / "x.bin", "more than 1000 things besides tensors, such as a.b1000")
+
+
+def test_a_storage_of_another_kind_is_named(tmp_path):
+    tensor = torch_tensor("0", 1, (1,), (1,), kind="ComplexFloatStorage")
+    write_torch(tmp_path / "x.bin", torch_dict({"w": tensor}), {"0": bytes(8)})
+    fails(tmp_path / "x.bin", "holds a torch.ComplexFloatStorage, expected tensors of float64, float32")
 
 
 @pytest.mark.parametrize(
