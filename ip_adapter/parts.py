@@ -18,6 +18,7 @@ from ip_adapter.patch import transformer_blocks
 from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
 from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes
 from ldm.checkpoint_file import CheckpointError, CheckpointFile
+from ldm.errors import UserError
 from ldm.layout import Layout
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig
@@ -44,7 +45,6 @@ class ModelSizes:
     image: CLIPImageConfig | None = CLIPImageConfig()
     proj: ImageProjConfig | None = ImageProjConfig()
 
-
     def absent(self) -> list:
         """What is missing of a model without an adapter, by name."""
         parts = {"UNet": self.unet, "autoencoder": self.vae, "image encoder": self.image,
@@ -54,28 +54,73 @@ class ModelSizes:
 
 
 def merged_sizes(tensors: dict, family: Family, config: ModelConfig) -> ModelSizes:
-    """What a merged file of a family holds."""
+    """What a merged file of a family holds.
+
+    Raises:
+        UserError: a number of heads or groups in `config` does not divide the channels of a network.
+    """
     unet, vae, *texts = (View(tensors, layout) for layout in family.mindspore)
-    return ModelSizes(
+    sizes = ModelSizes(
         unet_config(unet, config.num_heads, config.num_head_channels, config.norm_groups),
         autoencoder_config(vae, config.norm_groups),
         tuple(text_config(view, activation) for view, activation in zip(texts, family.activations)),
         image_config(View(tensors, family.image_encoder), config.image_heads),
         image_proj_config(View(tensors, family.image_proj)),
     )
+    check_sizes(sizes, config)
+    return sizes
+
+
+def check_sizes(sizes: ModelSizes, config: ModelConfig) -> None:
+    """Check the heads and groups of a configuration against the channels of the networks they are to divide.
+
+    Raises:
+        UserError: naming the key of the YAML file.
+    """
+    unet, vae, image = sizes.unet, sizes.vae, sizes.image
+    if unet:
+        levels = [unet.model_channels * times for times in unet.channel_mult]
+        attending = [width for width, depth in zip(levels, unet.transformer_depth) if depth]
+        attending += levels[-1:] if unet.middle_depth else []
+        keys = [key for key in ("num_heads", "num_head_channels") if getattr(config, key) != -1] or ["num_heads"]
+        for key in keys:
+            _check_divides(key, getattr(config, key), attending, "the UNet's attention")
+        _check_divides("norm_groups", config.norm_groups, [unet.model_channels] + levels, "the UNet")
+    if vae:
+        _check_divides("norm_groups", config.norm_groups, [vae.channels], "the autoencoder")
+    if image:
+        _check_divides("image_heads", config.image_heads, [image.width], "the image encoder")
+
+
+def _check_divides(key: str, value: int, widths: list, network: str) -> None:
+    wrong = [width for width in widths if value < 1 or width % value]
+    if wrong:
+        raise UserError(f"model.{key} is {value}, but {network} has {wrong[0]} channels, expected a positive number "
+                        "that divides them; correct it in the YAML file of --config")
 
 
 ENCODERS = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
 
 
-def vae_part(file: CheckpointFile, norm_groups: int = 32, dtype=mstype.float32) -> tuple:
-    """The autoencoder a file holds, in any spelling: the network, not initialised, and its checked part."""
+def vae_part(file: CheckpointFile, norm_groups: int | None = None, dtype=mstype.float32) -> tuple:
+    """The autoencoder a file holds, in any spelling.
+
+    Args:
+        file: holds the autoencoder, alone or in a whole model.
+        norm_groups: of every group norm; None for a network that is not to run.
+        dtype: of the network.
+
+    Returns:
+        The network, not initialised, and its checked part.
+    """
     probe = ("encoder.norm_out.gamma", "encoder.mid.attn_1.q.weight")
     layout = best_layout(file.tensors, probe, VAE_DIFFUSERS + (VAE_ALONE, VAE_TORCH, VAE_MINDSPORE))
-    size = autoencoder_config(View(file.tensors, layout), norm_groups)
+    size = autoencoder_config(View(file.tensors, layout), 32 if norm_groups is None else norm_groups)
     if size is None:
         raise CheckpointError(f"--vae {file.path}: holds no autoencoder; expected that of diffusers, such as "
                               "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
+    if norm_groups is not None:
+        _check_divides("norm_groups", norm_groups, [size.channels], f"the autoencoder of --vae {file.path}")
     with no_init_parameters():
         autoencoder = AutoencoderKL(size, dtype)
     part = Part(parameter_shapes(autoencoder), file, layout)

@@ -19,6 +19,7 @@ from ldm.layout import Layout, Source
 from ldm.modules.weight import stored_shape
 
 SHOWN = 20  # names listed in a message, of each kind
+MAX_COUNT = 100  # blocks or levels of a network; the deepest published one has 48
 
 
 def assemble(source: Source, read: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -42,18 +43,33 @@ class View:
     def __init__(self, tensors: dict, layout: Layout):
         self.tensors, self.layout = tensors, layout
 
-    def shape(self, path: str) -> tuple | None:
-        """Shape of the parameter at `path`, or None if the file does not have it."""
-        return self.layout.source(path).shape(self.tensors)
+    def shape(self, path: str, dims: int | None = None) -> tuple | None:
+        """Shape of the parameter at `path`, or None if the file does not have it.
+
+        Args:
+            path: in the network.
+            dims: how many dimensions it has to have; a tensor of another number does not count, nor does an empty one.
+        """
+        shape = self.layout.source(path).shape(self.tensors)
+        fits = shape is not None and min(shape, default=1) > 0 and dims in (None, len(shape))
+        return shape if fits else None
 
     def __contains__(self, path: str) -> bool:
         return self.shape(path) is not None
 
     def count(self, pattern: str) -> int:
-        """How many of `pattern.format(0)`, `pattern.format(1)`, ... exist without a gap."""
+        """How many of `pattern.format(0)`, `pattern.format(1)`, ... exist without a gap.
+
+        Raises:
+            CheckpointError: more than any network has; to build it would take minutes.
+        """
         n = 0
         while pattern.format(n) in self:
             n += 1
+            if n > MAX_COUNT:
+                name = self.layout.source(pattern.format(n - 1)).names[0]
+                raise CheckpointError(f"the file holds {name}, expected at most {MAX_COUNT} blocks or levels; give a "
+                                      "published or finetuned model")
         return n
 
 
@@ -103,10 +119,12 @@ def check(parts: Iterable[Part], allowed: str = r"(?!)") -> None:
             for path, source in part.sources().items():
                 used.update(source.names)
                 found = source.shape(file.tensors)
-                if found is None:
-                    missing += [name for name in source.names if name not in file.tensors]
+                absent = [name for name in source.names if name not in file.tensors]
+                if absent:
+                    missing += absent
                 elif found != part.shapes[path]:
-                    misshapen.append(f"{source.names[0]} {found}, expected {part.shapes[path]}")
+                    shown = found or tuple(file.tensors[name].shape for name in source.names)
+                    misshapen.append(f"{source.names[0]} {shown}, expected {part.shapes[path]}")
         ignored = "|".join([allowed] + [part.layout.ignored for part in its_parts])
         extra = [name for name in file.tensors if name not in used and not re.search(ignored, name)]
         report = [f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
