@@ -13,7 +13,7 @@ from mindspore.nn.utils import no_init_parameters
 from ip_adapter.config import ModelConfig
 from ip_adapter.families import Family, family_of
 from ip_adapter.image_prompt import ImageProjConfig, image_proj_config
-from ip_adapter.names import IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch
+from ip_adapter.names import IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch, trained_adapter
 from ip_adapter.patch import transformer_blocks
 from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
 from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes
@@ -100,6 +100,15 @@ def _check_divides(key: str, value: int, widths: list, network: str) -> None:
 
 
 ENCODERS = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
+FACE_WIDTH = 512  # of the embedding that insightface makes of a face
+# Files that are taken for adapters, by a name in them.
+OTHER_KINDS = (
+    (r"[._]lora(_[AB]|_down|_up)?\.", "a LoRA"),
+    (r"^(adapter\.)?body\.\d+\.(resnets\.|block1\.|in_conv\.)", "a T2I-Adapter"),
+    (r"^(control_model\.|controlnet_down_blocks\.)", "a ControlNet (give it by --controlnet)"),
+    (r"(?:^|\.)(ip_adapter|adapter_modules)\.\d+\.to_k_ip\.", "half an adapter, without its projector (image_proj.)"),
+    (r"^(model\.diffusion_model|first_stage_model)\.", "a whole model without a plain adapter"),
+)
 
 
 def vae_part(file: CheckpointFile, norm_groups: int | None = None, dtype=mstype.float32) -> tuple:
@@ -145,9 +154,40 @@ def image_encoder_part(file: CheckpointFile) -> tuple:
 
 
 def adapter_layouts(unet: UNetModel, family: Family) -> dict:
-    """How adapters are named, finetuned here and published: layouts of the image attention and of the projector."""
-    return {"finetuned": (family.mindspore[0], family.image_proj),
-            "published": (image_attention_torch([path for path, _ in transformer_blocks(unet)]), IMAGE_PROJ_TORCH)}
+    """How adapters are named, finetuned here, published, and as tencent's training leaves them: layouts of the image
+    attention and of the projector."""
+    paths = [path for path, _ in transformer_blocks(unet)]
+    layouts = {"finetuned": (family.mindspore[0], family.image_proj),
+               "published": (image_attention_torch(paths), IMAGE_PROJ_TORCH)}
+    for devices, wrapped in (("", ""), (" by several devices", "module.")):
+        counted, inside, proj = trained_adapter(paths, unet.config.num_res_blocks, wrapped)
+        layouts[f"trained{devices}"] = counted, proj
+        layouts[f"trained{devices}, attention in the UNet"] = inside, proj
+    return layouts
+
+
+def kind_of_adapter(tensors: dict) -> str:
+    """What a file without a plain adapter holds, as a phrase that follows "is"; empty if it is nothing known."""
+    found = re.compile(r"(?:^|\.)image_proj(?:_model)?\.(.+)$")
+    proj = {match[1]: tensors[name].shape for name in tensors if (match := found.search(name))}
+    if "proj.weight" in proj:
+        return "an adapter whose projector (image_proj.) has sizes that do not go together"
+    if "proj.3.weight" in proj:
+        return "a full-face adapter, which sees all patches of a face"
+    if "perceiver_resampler.proj_in.weight" in proj:
+        return "a FaceID-Plus or FaceID-PlusV2 adapter, for the embedding of a face and a picture of it"
+    if "proj.0.weight" in proj:
+        rows, width = proj.get("proj.2.weight", ()), proj.get("norm.weight", ())
+        tokens = rows[0] // width[0] if rows and width and width[0] else 0
+        return f"a FaceID{' portrait' if tokens > 4 else ''} adapter, for the embedding of a face"
+    if "latents" in proj:
+        if proj.get("proj_in.weight", ())[1:] == (FACE_WIDTH,):
+            return "an InstantID or FaceID portrait-unnorm adapter, for the embedding of a face"
+        return "a Plus adapter (also plus-face or composition), which sees all patches of the picture"
+    for pattern, kind in OTHER_KINDS:
+        if any(re.search(pattern, name) for name in tensors):
+            return kind
+    return ""
 
 
 def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int, family: Family) -> tuple:
@@ -170,10 +210,10 @@ def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int, family: 
     attention, proj = layouts[best_layout(file.tensors, probe, layouts)]
     size: ImageProjConfig | None = image_proj_config(View(file.tensors, proj))
     if size is None:
-        plus = any(name.startswith(("image_proj.latents", "image_proj.proj.0")) for name in file.tensors)
+        kind = kind_of_adapter(file.tensors)
         raise CheckpointError(f"--ip_adapter {file.path}: " + (
-            "is a plus or full-face adapter; only the plain ones, with 4 tokens of the image embedding, are supported"
-            if plus else f"holds no adapter; expected {family.adapter}"))
+            f"is {kind}; only plain adapters, whose tokens are made from the image embedding, are supported, such as "
+            f"{family.adapter}" if kind else f"holds no adapter; expected {family.adapter}"))
     if size.embed_dim != embed_dim:
         trained = ENCODERS.get(size.embed_dim, f"an encoder of width {size.embed_dim}")
         given = ENCODERS.get(embed_dim, f"of width {embed_dim}")
