@@ -167,11 +167,11 @@ def adapter_layouts(unet: UNetModel, family: Family) -> dict:
 
 
 def kind_of_adapter(tensors: dict) -> str:
-    """What a file without a plain adapter holds, as a phrase that follows "is"; empty if it is nothing known."""
+    """What a file holds in which no plain adapter was found, as a phrase that follows "is"; empty if it is nothing known."""
     found = re.compile(r"(?:^|\.)image_proj(?:_model)?\.(.+)$")
     proj = {match[1]: tensors[name].shape for name in tensors if (match := found.search(name))}
     if "proj.weight" in proj:
-        return "an adapter whose projector (image_proj.) has sizes that do not go together"
+        return "an adapter of another family, or one whose projector (image_proj.) has impossible sizes"
     if "proj.3.weight" in proj:
         return "a full-face adapter, which sees all patches of a face"
     if "perceiver_resampler.proj_in.weight" in proj:
