@@ -167,7 +167,7 @@ def adapter_layouts(unet: UNetModel, family: Family) -> dict:
 
 
 def kind_of_adapter(tensors: dict) -> str:
-    """What a file holds in which no plain adapter was found, as a phrase that follows "is"; empty if it is nothing known."""
+    """What a file without a usable plain adapter holds, as words that follow "is"; empty if it is nothing known."""
     found = re.compile(r"(?:^|\.)image_proj(?:_model)?\.(.+)$")
     proj = {match[1]: tensors[name].shape for name in tensors if (match := found.search(name))}
     if "proj.weight" in proj:
