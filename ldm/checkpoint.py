@@ -19,7 +19,7 @@ from ldm.layout import Layout, Source
 from ldm.modules.weight import stored_shape
 
 SHOWN = 20  # names listed in a message, of each kind
-MAX_COUNT = 100  # blocks or levels of a network; the deepest published one has 48
+MAX_COUNT = 64  # blocks or levels of a network; the deepest published one has 48
 
 
 def assemble(source: Source, read: Callable[[str], np.ndarray]) -> np.ndarray:
