@@ -22,7 +22,7 @@ class ImageProjConfig(NamedTuple):
 
 def image_proj_config(view: View) -> ImageProjConfig | None:
     """Sizes of the projector in `view`; None if there is none of the plain kind."""
-    weight, norm = view.shape("proj.weight"), view.shape("norm.gamma")
+    weight, norm = view.shape("proj.weight", 2), view.shape("norm.gamma", 1)
     if weight is None or norm is None or weight[0] % norm[0]:
         return None
     return ImageProjConfig(weight[1], norm[0], weight[0] // norm[0])

@@ -13,11 +13,12 @@ from mindspore.nn.utils import no_init_parameters
 from ip_adapter.config import ModelConfig
 from ip_adapter.families import Family, family_of
 from ip_adapter.image_prompt import ImageProjConfig, image_proj_config
-from ip_adapter.names import IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch
+from ip_adapter.names import IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch, trained_adapter
 from ip_adapter.patch import transformer_blocks
 from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
 from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes
 from ldm.checkpoint_file import CheckpointError, CheckpointFile
+from ldm.errors import UserError
 from ldm.layout import Layout
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig
@@ -44,7 +45,6 @@ class ModelSizes:
     image: CLIPImageConfig | None = CLIPImageConfig()
     proj: ImageProjConfig | None = ImageProjConfig()
 
-
     def absent(self) -> list:
         """What is missing of a model without an adapter, by name."""
         parts = {"UNet": self.unet, "autoencoder": self.vae, "image encoder": self.image,
@@ -54,15 +54,49 @@ class ModelSizes:
 
 
 def merged_sizes(tensors: dict, family: Family, config: ModelConfig) -> ModelSizes:
-    """What a merged file of a family holds."""
+    """What a merged file of a family holds.
+
+    Raises:
+        UserError: a number of heads or groups in `config` does not divide the channels of a network.
+    """
     unet, vae, *texts = (View(tensors, layout) for layout in family.mindspore)
-    return ModelSizes(
+    sizes = ModelSizes(
         unet_config(unet, config.num_heads, config.num_head_channels, config.norm_groups),
         autoencoder_config(vae, config.norm_groups),
         tuple(text_config(view, activation) for view, activation in zip(texts, family.activations)),
         image_encoder_config(View(tensors, family.image_encoder), config.image_heads, config.image_activation),
         image_proj_config(View(tensors, family.image_proj)),
     )
+    check_sizes(sizes, config)
+    return sizes
+
+
+def check_sizes(sizes: ModelSizes, config: ModelConfig) -> None:
+    """Check the heads and groups of a configuration against the channels of the networks they are to divide.
+
+    Raises:
+        UserError: naming the key of the YAML file.
+    """
+    unet, vae, image = sizes.unet, sizes.vae, sizes.image
+    if unet:
+        levels = [unet.model_channels * times for times in unet.channel_mult]
+        attending = [width for width, depth in zip(levels, unet.transformer_depth) if depth]
+        attending += levels[-1:] if unet.middle_depth else []
+        keys = [key for key in ("num_heads", "num_head_channels") if getattr(config, key) != -1] or ["num_heads"]
+        for key in keys:
+            _check_divides(key, getattr(config, key), attending, "the UNet's attention")
+        _check_divides("norm_groups", config.norm_groups, [unet.model_channels] + levels, "the UNet")
+    if vae:
+        _check_divides("norm_groups", config.norm_groups, [vae.channels], "the autoencoder")
+    if image:
+        _check_divides("image_heads", config.image_heads, [image.width], "the image encoder")
+
+
+def _check_divides(key: str, value: int, widths: list, network: str) -> None:
+    wrong = [width for width in widths if value < 1 or width % value]
+    if wrong:
+        raise UserError(f"model.{key} is {value}, but {network} has {wrong[0]} channels, expected a positive number "
+                        "that divides them; correct it in the YAML file of --config")
 
 
 _OPENAI_WIDTHS = (512, 768)  # of the embeddings of ViT-B and ViT-L; IP-Adapter's OpenCLIP encoders are wider
@@ -84,6 +118,15 @@ def image_encoder_config(view: View, heads: int = 16, activation: str = "") -> C
 
 
 ENCODERS = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
+FACE_WIDTH = 512  # of the embedding that insightface makes of a face
+# Files that are taken for adapters, by a name in them.
+OTHER_KINDS = (
+    (r"[._]lora(_[AB]|_down|_up)?\.", "a LoRA"),
+    (r"^(adapter\.)?body\.\d+\.(resnets\.|block1\.|in_conv\.)", "a T2I-Adapter"),
+    (r"^(control_model\.|controlnet_down_blocks\.)", "a ControlNet (give it by --controlnet)"),
+    (r"(?:^|\.)(ip_adapter|adapter_modules)\.\d+\.to_k_ip\.", "half an adapter, without its projector (image_proj.)"),
+    (r"^(model\.diffusion_model|first_stage_model)\.", "a whole model without a plain adapter"),
+)
 
 
 # What a UNet is for that takes more than latents, by its channels.
@@ -111,22 +154,27 @@ def check_channels(where: str, unet: UNetConfig, vae: AutoencoderConfig) -> None
                               f"UNet takes {unet.in_channels}; give an autoencoder of the same family as the UNet")
 
 
-def vae_part(file: CheckpointFile, unet: UNetConfig, norm_groups: int = 32, dtype=mstype.float32) -> tuple:
-    """The autoencoder a file holds, in any spelling: the network, not initialised, and its checked part.
+def vae_part(file: CheckpointFile, unet: UNetConfig, norm_groups: int | None = None, dtype=mstype.float32) -> tuple:
+    """The autoencoder a file holds, in any spelling.
 
     Args:
         file: holds the autoencoder, alone or in a whole model.
         unet: sizes of the UNet whose latents it is to decode.
-        norm_groups: of every group norm.
+        norm_groups: of every group norm; None for a network that is not to run.
         dtype: of the network.
+
+    Returns:
+        The network, not initialised, and its checked part.
     """
     probe = ("encoder.norm_out.gamma", "encoder.mid.attn_1.q.weight")
     layout = best_layout(file.tensors, probe, VAE_DIFFUSERS + (VAE_ALONE, VAE_TORCH, VAE_MINDSPORE))
-    size = autoencoder_config(View(file.tensors, layout), norm_groups)
+    size = autoencoder_config(View(file.tensors, layout), 32 if norm_groups is None else norm_groups)
     if size is None:
         raise CheckpointError(f"--vae {file.path}: holds no autoencoder; expected that of diffusers, such as "
                               "sd-vae-ft-mse/diffusion_pytorch_model.safetensors")
     check_channels(f"--vae {file.path}", unet, size)
+    if norm_groups is not None:
+        _check_divides("norm_groups", norm_groups, [size.channels], f"the autoencoder of --vae {file.path}")
     with no_init_parameters():
         autoencoder = AutoencoderKL(size, dtype)
     part = Part(parameter_shapes(autoencoder), file, layout)
@@ -151,9 +199,40 @@ def image_encoder_part(file: CheckpointFile) -> tuple:
 
 
 def adapter_layouts(unet: UNetModel, family: Family) -> dict:
-    """How adapters are named, finetuned here and published: layouts of the image attention and of the projector."""
-    return {"finetuned": (family.mindspore[0], family.image_proj),
-            "published": (image_attention_torch([path for path, _ in transformer_blocks(unet)]), IMAGE_PROJ_TORCH)}
+    """How adapters are named, finetuned here, published, and as tencent's training leaves them: layouts of the image
+    attention and of the projector."""
+    paths = [path for path, _ in transformer_blocks(unet)]
+    layouts = {"finetuned": (family.mindspore[0], family.image_proj),
+               "published": (image_attention_torch(paths), IMAGE_PROJ_TORCH)}
+    for devices, wrapped in (("", ""), (" by several devices", "module.")):
+        counted, inside, proj = trained_adapter(paths, unet.config.num_res_blocks, wrapped)
+        layouts[f"trained{devices}"] = counted, proj
+        layouts[f"trained{devices}, attention in the UNet"] = inside, proj
+    return layouts
+
+
+def kind_of_adapter(tensors: dict) -> str:
+    """What a file without a usable plain adapter holds, as words that follow "is"; empty if it is nothing known."""
+    found = re.compile(r"(?:^|\.)image_proj(?:_model)?\.(.+)$")
+    proj = {match[1]: tensors[name].shape for name in tensors if (match := found.search(name))}
+    if "proj.weight" in proj:
+        return "an adapter of another family, or one whose projector (image_proj.) has impossible sizes"
+    if "proj.3.weight" in proj:
+        return "a full-face adapter, which sees all patches of a face"
+    if "perceiver_resampler.proj_in.weight" in proj:
+        return "a FaceID-Plus or FaceID-PlusV2 adapter, for the embedding of a face and a picture of it"
+    if "proj.0.weight" in proj:
+        rows, width = proj.get("proj.2.weight", ()), proj.get("norm.weight", ())
+        tokens = rows[0] // width[0] if rows and width and width[0] else 0
+        return f"a FaceID{' portrait' if tokens > 4 else ''} adapter, for the embedding of a face"
+    if "latents" in proj:
+        if proj.get("proj_in.weight", ())[1:] == (FACE_WIDTH,):
+            return "an InstantID or FaceID portrait-unnorm adapter, for the embedding of a face"
+        return "a Plus adapter (also plus-face or composition), which sees all patches of the picture"
+    for pattern, kind in OTHER_KINDS:
+        if any(re.search(pattern, name) for name in tensors):
+            return kind
+    return ""
 
 
 def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int, family: Family) -> tuple:
@@ -176,10 +255,10 @@ def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int, family: 
     attention, proj = layouts[best_layout(file.tensors, probe, layouts)]
     size: ImageProjConfig | None = image_proj_config(View(file.tensors, proj))
     if size is None:
-        plus = any(name.startswith(("image_proj.latents", "image_proj.proj.0")) for name in file.tensors)
+        kind = kind_of_adapter(file.tensors)
         raise CheckpointError(f"--ip_adapter {file.path}: " + (
-            "is a plus or full-face adapter; only the plain ones, with 4 tokens of the image embedding, are supported"
-            if plus else f"holds no adapter; expected {family.adapter}"))
+            f"is {kind}; only plain adapters, whose tokens are made from the image embedding, are supported, such as "
+            f"{family.adapter}" if kind else f"holds no adapter; expected {family.adapter}"))
     if size.embed_dim != embed_dim:
         trained = ENCODERS.get(size.embed_dim, f"an encoder of width {size.embed_dim}")
         given = ENCODERS.get(embed_dim, f"of width {embed_dim}")

@@ -19,6 +19,7 @@ from ldm.layout import Layout, Source
 from ldm.modules.weight import stored_shape
 
 SHOWN = 20  # names listed in a message, of each kind
+MAX_COUNT = 64  # blocks or levels of a network; the deepest published one has 48
 
 
 def assemble(source: Source, read: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -42,18 +43,33 @@ class View:
     def __init__(self, tensors: dict, layout: Layout):
         self.tensors, self.layout = tensors, layout
 
-    def shape(self, path: str) -> tuple | None:
-        """Shape of the parameter at `path`, or None if the file does not have it."""
-        return self.layout.source(path).shape(self.tensors)
+    def shape(self, path: str, dims: int | None = None) -> tuple | None:
+        """Shape of the parameter at `path`, or None if the file does not have it.
+
+        Args:
+            path: in the network.
+            dims: how many dimensions it has to have; a tensor of another number does not count, nor does an empty one.
+        """
+        shape = self.layout.source(path).shape(self.tensors)
+        fits = shape is not None and min(shape, default=1) > 0 and dims in (None, len(shape))
+        return shape if fits else None
 
     def __contains__(self, path: str) -> bool:
         return self.shape(path) is not None
 
     def count(self, pattern: str) -> int:
-        """How many of `pattern.format(0)`, `pattern.format(1)`, ... exist without a gap."""
+        """How many of `pattern.format(0)`, `pattern.format(1)`, ... exist without a gap.
+
+        Raises:
+            CheckpointError: more than any network has; to build it would take minutes.
+        """
         n = 0
         while pattern.format(n) in self:
             n += 1
+            if n > MAX_COUNT:
+                name = self.layout.source(pattern.format(n - 1)).names[0]
+                raise CheckpointError(f"the file holds {name}, expected at most {MAX_COUNT} blocks or levels; give a "
+                                      "published or finetuned model")
         return n
 
 
@@ -116,7 +132,7 @@ def _faults(file: CheckpointFile, parts: list, allowed: str) -> dict:
                       if "float" not in file.tensors[name].dtype]
             found = source.shape(file.tensors)
             if found != part.shapes[path] and len(present) == len(source.names):
-                misshapen.append(f"{source.names[0]} {found or ()}, expected {part.shapes[path]}")
+                misshapen.append(f"{source.names[0]} {found or tuple(file.tensors[name].shape for name in present)}, expected {part.shapes[path]}")
     ignored = "|".join([allowed] + [part.layout.ignored for part in parts])
     extra = [name for name in file.tensors if name not in used and not re.search(ignored, name)]
     return {"missing": missing, "of another shape": misshapen, "quantised or no weights": other, "unexpected": extra}

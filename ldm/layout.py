@@ -26,7 +26,9 @@ class Source(NamedTuple):
             return None
         shape = tensors[self.names[0]].shape
         if self.how == "stack":
-            return (sum(tensors[name].shape[0] for name in self.names),) + shape[1:] if shape else None
+            # Of equal shapes only: queries, keys and values of other sizes would be cut apart in the wrong places.
+            alike = shape and all(tensors[name].shape == shape for name in self.names)
+            return (len(self.names) * shape[0],) + shape[1:] if alike else None
         return {"copy": shape, "transpose": shape[::-1], "1x1": shape + (1, 1)}[self.how]
 
     def disassemble(self, shape: tuple) -> dict:

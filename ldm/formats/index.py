@@ -110,7 +110,7 @@ def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
     """(...) uint16 bit patterns of bfloat16 -> (...) float32, exact."""
     wide = np.empty(bits.shape, np.uint32)
     wide[...] = bits
-    wide <<= 16
+    wide <<= np.uint32(16)  # a plain 16 would make a scalar an int64
     return wide.view(np.float32)
 
 

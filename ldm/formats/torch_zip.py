@@ -19,6 +19,8 @@ from ldm.formats.index import DTYPES, MAX_INDEX_BYTES, CheckpointError, Entry, c
 
 MAX_MENTIONS = 1000  # each takes memory; a trainer mentions a dozen
 _DTYPE_OF = {row.torch: dtype for dtype, row in DTYPES.items() if row.torch}
+_UNTYPED = "UntypedStorage"  # of bytes; its length is in bytes too
+MAX_REPEATED = 1 << 20  # elements of a tensor that has more of them than its storage
 
 
 def index_torch(file, size: int) -> dict[str, Entry]:
@@ -101,8 +103,22 @@ class _RebuildTensor:
         count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if math.prod(shape) else 0
         if offset + count > storage.length:
             raise ValueError(f"a view of {offset + count} elements in a storage of {storage.length}")
+        # Strides of 0 repeat what is stored, without end: a few bytes could ask for all memory.
+        if math.prod(shape) > max(storage.length, MAX_REPEATED):
+            raise ValueError(f"a view that makes shape {shape} of a storage of {storage.length}")
         nbytes = DTYPES[storage.dtype].nbytes
         return Entry(info, ((storage.start + offset * nbytes, count * nbytes),), tuple(strides))
+
+
+class _RebuildUntyped:
+    __slots__ = ()
+
+    def __call__(self, storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> Entry:
+        """Stand-in of torch._utils._rebuild_tensor_v3: of bytes, for a dtype that has no storage class."""
+        if not isinstance(storage, _Storage) or storage.dtype != "uint8" or dtype not in DTYPES:
+            raise ValueError(f"a tensor of {dtype} in a storage that is not of bytes")
+        storage = storage._replace(dtype=dtype, length=storage.length // DTYPES[dtype].nbytes)
+        return _RebuildTensor()(storage, offset, shape, strides)
 
 
 class _RebuildParameter:
@@ -149,6 +165,12 @@ class _TensorUnpickler(pickle.Unpickler):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _RebuildTensor()
+        if module == "torch" and name in DTYPES:
+            return name
+        if (module, name) == ("torch.storage", _UNTYPED):
+            return name
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            return _RebuildUntyped()
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _RebuildParameter()
         reference = f"{module}.{name}"
@@ -164,7 +186,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if isinstance(storage_class, _Mention):
             raise CheckpointError(f"holds a {storage_class!r}, expected tensors of {', '.join(_DTYPE_OF.values())}; "
                                   "save it again as one of these")
-        dtype = _DTYPE_OF[storage_class]
+        dtype = "uint8" if storage_class == _UNTYPED else _DTYPE_OF[storage_class]
         start, nbytes = self._members[key]
         if length * DTYPES[dtype].nbytes > nbytes:
             raise ValueError(f"storage {key} has {nbytes} bytes for {length} {dtype}")

@@ -60,6 +60,13 @@ def test_write_casts_to_the_info(tmp_path, ending):
         assert np.allclose(file.read("b"), source.T, rtol=2**-8, atol=0)
 
 
+def test_a_scalar_of_bfloat16(tmp_path):
+    write_checkpoint(tmp_path / "x.ckpt", {"logit_scale": TensorInfo((), "bfloat16")}, lambda name: np.float32(1.5))
+    with open_checkpoint(tmp_path / "x.ckpt") as file:
+        value = file.read("logit_scale")
+    assert value.shape == () and value.dtype == np.float32 and value == 1.5
+
+
 def test_bfloat16_rounds_to_nearest_even_and_keeps_specials(tmp_path):
     ulp = 2.0**-7  # of bfloat16 at 1
     given = np.array([1 + ulp / 2, 1 + 1.5 * ulp, 1 + 0.6 * ulp, -0.0, np.inf, -np.inf, np.nan], np.float32)

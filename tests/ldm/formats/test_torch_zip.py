@@ -69,6 +69,40 @@ def test_strides_that_do_not_count(tmp_path):
     assert_same(read_all(tmp_path / "x.bin"), {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
 
 
+def torch_untyped(key: str, nbytes: int, size, stride, dtype: str, offset: int = 0, kind: bytes = b"") -> bytes:
+    kind = kind or glob("torch.storage", "UntypedStorage")
+    storage = pickled(("storage", kind, key, "cpu", nbytes)) + b"Q"
+    hooks = glob("collections", "OrderedDict") + b")R"
+    args = (storage, offset, tuple(size), tuple(stride), b"\x89", hooks, glob("torch", dtype))
+    return glob("torch._utils", "_rebuild_tensor_v3") + pickled(args) + b"R"
+
+
+def test_dtypes_without_a_storage_class(tmp_path):
+    path, values = tmp_path / "unsigned.pt", np.array([1, 2, 65535, 4, 5, 6], np.uint16)
+    write_torch(path, torch_dict({
+        "plain": torch_untyped("0", 12, (6,), (1,), "uint16"),
+        "transposed": torch_untyped("0", 12, (2, 2), (1, 2), "uint16", 1),
+        "wide": torch_untyped("0", 12, (3,), (1,), "uint32"),
+    }), {"0": values.tobytes()})
+    assert_same(read_all(path), {"plain": values, "transposed": values[1:5].reshape(2, 2).T,
+                                 "wide": values.view(np.uint32)})
+
+
+@pytest.mark.parametrize("tensor", [
+    torch_untyped("0", 12, (7,), (1,), "uint16"), torch_untyped("0", 12, (2,), (1,), "uint64"),
+    torch_untyped("0", 16, (6,), (1,), "uint16"), torch_untyped("0", 12, (1,), (1,), "FloatStorage"),
+    torch_untyped("0", 3, (1,), (1,), "uint16", kind=glob("torch", "FloatStorage"))])
+def test_views_beyond_their_bytes(tmp_path, tensor):
+    write_torch(tmp_path / "x.pt", torch_dict({"w": tensor}), {"0": bytes(12)})
+    fails(tmp_path / "x.pt", "damaged")
+
+
+def test_a_few_bytes_do_not_ask_for_all_memory(tmp_path):
+    repeated = torch_tensor("0", 1, (1 << 16, 1 << 16), (0, 0))
+    write_torch(tmp_path / "x.pt", torch_dict({"w": repeated}), {"0": bytes(4)})
+    fails(tmp_path / "x.pt", "(65536, 65536)")
+
+
 def test_state_dict_with_attributes(tmp_path):
     """A module's state_dict is an OrderedDict with an attribute, which the pickle sets."""
     ordered = glob("collections", "OrderedDict") + b")R"
@@ -78,7 +112,7 @@ def test_state_dict_with_attributes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module, name", [("os", "system"), ("builtins", "eval"), ("torch", "load"), ("torch._utils", "_rebuild_tensor_v3")]
+    "module, name", [("os", "system"), ("builtins", "eval"), ("torch", "load"), ("torch._utils", "_rebuild_qtensor")]
 )
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, module, name):
     canary = tmp_path / "canary"
