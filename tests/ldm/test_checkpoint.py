@@ -80,5 +80,5 @@ def test_integers_are_no_weights(tmp_path, stored):
 def test_a_scalar_in_place_of_stacked_rows_is_of_another_shape(tmp_path):
     save_arrays(tmp_path / "x.safetensors", {name: np.float32(1) for name in ("q", "k")})
     with open_checkpoint(tmp_path / "x.safetensors") as file:
-        with pytest.raises(CheckpointError, match=r"1 of another shape: q \(\), expected \(2, 3\)"):
+        with pytest.raises(CheckpointError, match=r"1 of another shape: q \(\(\), \(\)\), expected \(2, 3\)"):
             check([Part({"qk": (2, 3)}, file, Layout(stacked=("^qk$", ("q", "k"))))])
