@@ -15,6 +15,7 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, TensorInfo, mapping
+from ldm.formats.index import kept_dtype
 from ldm.layout import Layout, Source
 from ldm.modules.weight import stored_shape
 
@@ -183,14 +184,14 @@ def plan(part: Part, target: Layout, dtype: str | None = None) -> dict:
     Args:
         part: where the tensors come from.
         target: layout of the file to be written.
-        dtype: "float32" or "float16"; None keeps what the source has.
+        dtype: "float32" or "float16"; None keeps what the source has, but for 8-bit floats, which become float16.
 
     Returns:
         Name in the new file -> (TensorInfo, function that reads and converts the tensor).
     """
     out = {}
     for path, source in part.sources().items():
-        kind = dtype or part.file.tensors[source.names[0]].dtype
+        kind = dtype or kept_dtype(part.file.tensors[source.names[0]].dtype)
         for name, (shape, take) in target.source(path).disassemble(part.shapes[path]).items():
             out[name] = (TensorInfo(tuple(shape), kind),
                          lambda source=source, take=take: take(read_parameter(part.file, source)))
