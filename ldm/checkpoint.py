@@ -15,6 +15,7 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, TensorInfo, mapping
+from ldm.formats.index import kept_dtype
 from ldm.layout import Layout, Source
 from ldm.modules.weight import stored_shape
 
@@ -132,7 +133,8 @@ def _faults(file: CheckpointFile, parts: list, allowed: str) -> dict:
                       if "float" not in file.tensors[name].dtype]
             found = source.shape(file.tensors)
             if found != part.shapes[path] and len(present) == len(source.names):
-                misshapen.append(f"{source.names[0]} {found or tuple(file.tensors[name].shape for name in present)}, expected {part.shapes[path]}")
+                shown = found or tuple(file.tensors[name].shape for name in present)
+                misshapen.append(f"{source.names[0]} {shown}, expected {part.shapes[path]}")
     ignored = "|".join([allowed] + [part.layout.ignored for part in parts])
     extra = [name for name in file.tensors if name not in used and not re.search(ignored, name)]
     return {"missing": missing, "of another shape": misshapen, "quantised or no weights": other, "unexpected": extra}
@@ -203,14 +205,14 @@ def plan(part: Part, target: Layout, dtype: str | None = None) -> dict:
     Args:
         part: where the tensors come from.
         target: layout of the file to be written.
-        dtype: "float32" or "float16"; None keeps what the source has.
+        dtype: "float32" or "float16"; None keeps what the source has, but for 8-bit floats, which become float16.
 
     Returns:
         Name in the new file -> (TensorInfo, function that reads and converts the tensor).
     """
     out = {}
     for path, source in part.sources().items():
-        kind = dtype or part.file.tensors[source.names[0]].dtype
+        kind = dtype or kept_dtype(part.file.tensors[source.names[0]].dtype)
         cast = None if kind == "bfloat16" else kind  # which numpy does not have: the writer narrows it
         for name, (shape, take) in target.source(path).disassemble(part.shapes[path]).items():
             out[name] = (TensorInfo(tuple(shape), kind),

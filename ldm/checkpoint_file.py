@@ -24,12 +24,12 @@ from ldm.files import reason, replacing
 from ldm.formats.index import (
     DTYPES,
     MAX_INDEX_BYTES,
+    WIDENED,
     CheckpointError,
     Entry,
     TensorInfo,
     damaged,
     narrow_bfloat16,
-    widen_bfloat16,
 )
 from ldm.formats.mindspore_ckpt import index_ckpt, write_ckpt
 from ldm.formats.safetensors_file import index_safetensors, write_safetensors
@@ -74,9 +74,9 @@ class CheckpointFile:
             name: one of `tensors`.
 
         Returns:
-            An array in its own contiguous, writable memory, of the stored shape and dtype; bfloat16 comes as float32.
-            A large one is mapped: its memory is the file's in the cache, and copied only where it is written to. Who
-            changes the file meanwhile should write a new one and rename it, as `write_checkpoint` does.
+            An array in its own contiguous, writable memory, of the stored shape and dtype; bfloat16 and 8-bit floats
+            come as float32. A large one is mapped: its memory is the file's in the cache, and copied only where it is
+            written to. Who changes the file meanwhile should write a new one and rename it, as `write_checkpoint` does.
 
         Raises:
             CheckpointError: no such name, or the file shrank, failed or did not fit into memory.
@@ -86,7 +86,8 @@ class CheckpointFile:
         entry = self._entries[name]
         shape, dtype = entry.info
         try:
-            stored = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+            bits, widen = WIDENED.get(dtype, (dtype, None))
+            stored = np.dtype(bits)
             flat = self._bytes(name, stored.itemsize).view(stored)
             if entry.strides is None:
                 array = flat.reshape(shape)
@@ -94,7 +95,7 @@ class CheckpointFile:
                 steps = [stride * stored.itemsize for stride in entry.strides]
                 # Copies unless it is contiguous already. (ascontiguousarray would give a scalar one dimension.)
                 array = np.asarray(np.lib.stride_tricks.as_strided(flat, shape, steps), order="C")
-            return widen_bfloat16(array) if dtype == "bfloat16" else array
+            return widen(array) if widen else array
         except MemoryError as error:
             raise CheckpointError(f"{self.path}: '{name}', {shape} {dtype}, does not fit into memory") from error
         except OSError as error:

@@ -30,6 +30,8 @@ DTYPES = {
     "float32": Dtype(4, "F32", "Float32", "FloatStorage"),
     "float16": Dtype(2, "F16", "Float16", "HalfStorage"),
     "bfloat16": Dtype(2, "BF16", "BFloat16", "BFloat16Storage"),
+    "float8_e4m3fn": Dtype(1, "F8_E4M3", "Float8E4M3FN", None),
+    "float8_e5m2": Dtype(1, "F8_E5M2", "Float8E5M2", None),
     "int64": Dtype(8, "I64", "Int64", "LongStorage"),
     "int32": Dtype(4, "I32", "Int32", "IntStorage"),
     "int16": Dtype(2, "I16", "Int16", "ShortStorage"),
@@ -54,7 +56,7 @@ class CheckpointError(UserError):
 
 
 class TensorInfo(NamedTuple):
-    """Shape and numpy dtype name ("float32", "int64", also "bfloat16") of one tensor in a file."""
+    """Shape and numpy dtype name ("float32", "int64", also others in `WIDENED`) of one tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -112,6 +114,38 @@ def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
     wide[...] = bits
     wide <<= np.uint32(16)  # a plain 16 would make a scalar an int64
     return wide.view(np.float32)
+
+
+def widen_float8_e5m2(bits: np.ndarray) -> np.ndarray:
+    """(...) uint8 bit patterns of float16's sign, exponent and first 2 bits of fraction -> (...) float32, exact."""
+    wide = bits.reshape(-1).astype(np.uint16) << 8
+    return wide.view(np.float16).astype(np.float32).reshape(bits.shape)
+
+
+def widen_float8_e4m3fn(bits: np.ndarray) -> np.ndarray:
+    """(...) uint8 bit patterns of a sign, 4 bits of exponent and 3 of fraction -> (...) float32, exact; no infinities.
+
+    At the same place in a float16, whose exponent counts from 15 instead of 7, they are 2**-8 of their value.
+    """
+    flat = bits.reshape(-1)
+    wide = flat.astype(np.uint16)
+    values = ((wide & 0x80) << 8 | (wide & 0x7F) << 7).view(np.float16).astype(np.float32)
+    values *= 256
+    values[(flat & 0x7F) == 0x7F] = np.nan
+    return values.reshape(bits.shape)
+
+
+# What numpy has no name for: the integers its bits are read as, and how those become float32.
+WIDENED = {
+    "bfloat16": (np.uint16, widen_bfloat16),
+    "float8_e4m3fn": (np.uint8, widen_float8_e4m3fn),
+    "float8_e5m2": (np.uint8, widen_float8_e5m2),
+}
+
+
+def kept_dtype(dtype: str) -> str:
+    """What a tensor of this dtype is written as where it is to stay as it is: float16 holds all 8-bit floats."""
+    return "float16" if dtype.startswith("float8") else dtype
 
 
 def narrow_bfloat16(array: np.ndarray) -> np.ndarray:

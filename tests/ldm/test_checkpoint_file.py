@@ -17,6 +17,7 @@ from mindspore import nn
 from ldm import checkpoint_file, files
 from ldm.checkpoint import leave_memory
 from ldm.checkpoint_file import CheckpointError, TensorInfo, open_checkpoint, save_arrays, write_checkpoint
+from tests.conftest import DATA
 from tests.ldm.checkpoint_samples import assert_same, fails, read_all, sample_arrays
 
 ENDINGS = (".safetensors", ".ckpt")
@@ -259,3 +260,12 @@ def test_a_large_tensor_is_aligned_and_can_be_written_to_without_changing_the_fi
     np.testing.assert_array_equal(read, array)  # also when the file is closed
     read += 1
     assert path.read_bytes() == before
+
+
+def test_eight_bit_floats_of_torch_are_read():
+    """tests/record/record_float8.py; torch widened `half` itself, from the codes of e5m2 in order."""
+    with open_checkpoint(DATA / "float8.pt") as file:
+        half, wide, narrow = (file.read(name) for name in ("half", "e5m2", "e4m3fn"))
+    np.testing.assert_array_equal(wide, half.astype(np.float32))
+    assert wide.dtype == narrow.dtype == np.float32 and wide.shape == (16, 16)
+    assert narrow[0x7E] == 448 and narrow[0x38] == 1 and narrow[0xB8] == -1 and np.isnan(narrow[0x7F])

@@ -42,7 +42,7 @@ def row(begin: int, end: int, shape=(1,), dtype: str = "F32") -> dict:
 @pytest.mark.parametrize(
     "header, words",
     [
-        ({"w": row(0, 4, dtype="F8_E4M3")}, ("'w'", "F8_E4M3", "float16")),
+        ({"w": row(0, 4, dtype="F8_E8M0")}, ("'w'", "F8_E8M0", "float16")),
         ({"w": row(0, 8)}, ("'w'", "needs 4 bytes", "0 to 8")),
         ({"w": row(0, 4), "v": row(0, 4)}, ("overlap",)),
         ({"w": row(4, 8)}, ("gap",)),
