@@ -21,10 +21,10 @@ FAULTS = DATA / "faults"
 
 
 @pytest.mark.parametrize("turn, corner", [(1, 0), (2, 1), (3, 3), (4, 2), (5, 0), (6, 1), (7, 3), (8, 2), (9, 0)])
-@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
-def test_exif_orientation_is_applied(tmp_path, kind, turn, corner):
+@pytest.mark.parametrize("kind, mode", [("jpg", "RGB"), ("png", "RGB"), ("webp", "RGB"), ("tif", "RGB"), ("tif", "L")])
+def test_exif_orientation_is_applied(tmp_path, kind, mode, turn, corner):
     """The corners are numbered from left to right, then down; the first of the file is the only white one."""
-    image = Image.new("RGB", (40, 16))
+    image = Image.new(mode, (40, 16))
     image.paste("white", (0, 0, 8, 8))
     exif = Image.Exif()
     exif[0x0112] = turn
