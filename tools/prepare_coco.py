@@ -91,8 +91,8 @@ def read_captions(path: Path) -> tuple:
             odd["mended, with half a character"] += text != valid_unicode(text)
             captions.append((valid_unicode(name), " ".join(valid_unicode(text).split())))
     if not captions:
-        raise UserError(f"--label {printable(path)}: holds no captions that can be used ({_counts(odd) or '0 in all'}); "
-                        f"expected {EXPECTED}")
+        raise UserError(f"--label {printable(path)}: holds no captions that can be used "
+                        f"({_counts(odd) or '0 in all'}); expected {EXPECTED}")
     return captions, odd
 
 

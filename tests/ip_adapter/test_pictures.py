@@ -97,7 +97,8 @@ def test_every_kind_of_file_takes_its_name(tmp_path, file_system):
 
 @pytest.mark.parametrize("text, stored", [
     ("caf\udce9.png", "caf\ufffd.png"), ("half \ud83d", "half \ufffd"), ("\ud83d\ude00", "\U0001f600"),
-    ("a\0b\n", "a\0b\n"), (None, "None"), (Path("/caf\udce9"), "/caf\ufffd"), (b"\xff", "b'\\xff'"), (1.5, "1.5"), ("", "")])
+    ("a\0b\n", "a\0b\n"), (None, "None"), (Path("/caf\udce9"), "/caf\ufffd"), (b"\xff", "b'\\xff'"),
+    (1.5, "1.5"), ("", "")])
 def test_any_text_is_stored(tmp_path, text, stored):
     path = save_png(tmp_path / "caf\udce9", SMALL, {"prompt": text})
     assert Image.open(path).text == {"prompt": stored} and open_image(path).size == (2, 2)
