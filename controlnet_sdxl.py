@@ -4,9 +4,9 @@ python controlnet_sdxl.py --img statue.png --control_image depth.png --num_cols 
 """
 from __future__ import annotations
 
+from gm.choices import guidance
 from gm.denoiser import starting_noise, timesteps_of
 from gm.discretizer import discretize
-from gm.guider import guidance
 from gm.sampler import SAMPLERS
 from ip_adapter.cli import config_from, execute
 from ip_adapter.families import SDXL

@@ -5,9 +5,9 @@ python image_variation_sdxl.py --img river.png --ref_img vermeer.jpg --strength 
 """
 from __future__ import annotations
 
+from gm.choices import guidance
 from gm.denoiser import add_noise, starting_noise, timesteps_of
 from gm.discretizer import discretize
-from gm.guider import guidance
 from gm.sampler import SAMPLERS
 from ip_adapter.cli import config_from, execute, existing_file, in_range
 from ip_adapter.families import SDXL

@@ -1,7 +1,7 @@
 """Names on disk of what only SDXL has: its two text encoders; its UNet keeps the network's own names."""
 from __future__ import annotations
 
-from ldm.checkpoint import Layout
+from ldm.layout import Layout
 from ldm.names import (
     CONTROLNET_PREFIX,
     HUGGING_FACE_BLOCKS,

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from gm.names import CONTROLNET_SDXL, TEXT_G_SDXL, TEXT_G_TORCH, TEXT_L_SDXL, TEXT_L_TORCH, UNET_SDXL
 from ip_adapter.names import IMAGE_ATTENTION, image_encoder_mindspore, image_proj_mindspore
-from ldm.architecture import is_sdxl
-from ldm.checkpoint import Layout
+from ldm.layout import Layout
 from ldm.names import (
     CONTROLNET_PREFIX,
     CONTROLNET_SD15,
@@ -97,5 +96,5 @@ SDXL = Family(
 
 
 def family_of(tensors: dict) -> Family:
-    """The family of a whole model, or of what might be one."""
-    return SDXL if is_sdxl(tensors) else SD15
+    """The family of a whole model, or of what might be one: SDXL where there are text encoders under its names."""
+    return SDXL if any(name.startswith("conditioner.") for name in tensors) else SD15

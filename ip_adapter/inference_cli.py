@@ -4,9 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gm.discretizer import DISCRETIZATIONS
-from gm.guider import GUIDERS
-from gm.sampler import SAMPLERS
+from gm.choices import DISCRETIZATIONS, GUIDERS, SAMPLERS
 from ip_adapter.build import ExtraParts
 from ip_adapter.cli import (
     Parser,

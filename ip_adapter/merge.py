@@ -17,8 +17,9 @@ from ip_adapter.parts import controlnet_part, find_adapter, image_encoder_part, 
 from ip_adapter.patch import patch_cross_attention
 from ip_adapter.pictures import remember_sha256
 from ldm.architecture import autoencoder_config, text_config, unet_config
-from ldm.checkpoint import Layout, Part, View, best_layout, check, parameter_shapes, plan
+from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint, write_checkpoint
+from ldm.layout import Layout
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.unet import UNetModel

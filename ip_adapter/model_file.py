@@ -9,8 +9,9 @@ from mindspore import nn
 
 from ip_adapter.build import ImagePromptModel
 from ip_adapter.names import TEXT_ONLY
-from ldm.checkpoint import Layout, parameter_shapes
+from ldm.checkpoint import parameter_shapes
 from ldm.checkpoint_file import save_arrays
+from ldm.layout import Layout
 from ldm.modules.weight import stored_shape
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 
-from ldm.checkpoint import Layout
+from ldm.layout import Layout
 from ldm.names import HUGGING_FACE_BLOCKS, HUGGING_FACE_QKV, TORCH_BUFFERS, TORCH_NORMS
 
 

@@ -16,8 +16,9 @@ from ip_adapter.image_prompt import ImageProjConfig, image_proj_config
 from ip_adapter.names import IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attention_torch
 from ip_adapter.patch import transformer_blocks
 from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
-from ldm.checkpoint import Layout, Part, View, best_layout, check, parameter_shapes
+from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes
 from ldm.checkpoint_file import CheckpointError, CheckpointFile
+from ldm.layout import Layout
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig
 from ldm.modules.controlnet import ControlNet

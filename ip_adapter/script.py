@@ -4,7 +4,6 @@ Only the standard library is imported here, so that a script can be interrupted 
 """
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import signal
@@ -23,7 +22,7 @@ _watching = False
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run the `main` of a script as the whole of this process: `execute`, with signals handled and MindSpore prepared."""
+    """Run the `main` of a script as the whole of this process: `execute`, with signals handled."""
     _watch_signals()
     execute(lambda: (prepare_process(), main()))
 
@@ -48,7 +47,7 @@ def execute(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(_leave(141, "the reader of the output is gone"))
     except MemoryError as error:
-        sys.exit(_leave(2, f"error: out of memory {error}; make fewer or smaller images at once, or give --dtype float16"))
+        sys.exit(_leave(2, f"error: out of memory {error}; make fewer or smaller images at once"))
     except OSError as error:
         if error.filename is None and not error.strerror:
             raise

@@ -17,8 +17,9 @@ from ip_adapter.image_prompt import ImageProjConfig, ImageProjModel
 from ip_adapter.names import IMAGE_ATTENTION, IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, TEXT_ONLY, image_attention_torch
 from ip_adapter.parts import ModelSizes
 from ip_adapter.patch import patch_cross_attention, transformer_blocks
-from ldm.checkpoint import Layout, parameter_shapes
+from ldm.checkpoint import parameter_shapes
 from ldm.checkpoint_file import TensorInfo, write_checkpoint
+from ldm.layout import Layout
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
 from ldm.modules.controlnet import ControlNet

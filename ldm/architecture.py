@@ -13,11 +13,6 @@ from ldm.modules.clip import CLIPImageConfig, CLIPTextConfig
 from ldm.modules.unet import UNetConfig
 
 
-def is_sdxl(tensors: dict) -> bool:
-    """Whether a file holds the text encoders of SDXL."""
-    return any(name.startswith("conditioner.") for name in tensors)
-
-
 def unet_config(view: View, num_heads: int = -1, num_head_channels: int = -1,
                 norm_groups: int = 32) -> UNetConfig | None:
     """Sizes of the UNet (or of the UNet half of a ControlNet) in `view`; None if there is none.

@@ -1,14 +1,13 @@
 """Networks and checkpoint files: which tensors of a file make which parameter, and strict loading.
 
-A `Layout` is the naming of one part of one kind of file, held as a few rules. The same rules load, save,
-merge and convert; the inverse is found by listing the parameters. Reading and writing the files themselves
+A `Layout` (`ldm/layout.py`) is the naming of one part of one kind of file. The same rules load, save, merge and
+convert; the inverse is found by listing the parameters. Reading and writing the files themselves
 is in `checkpoint_file.py`, the rules are in `ldm/names.py`, `gm/names.py` and `ip_adapter/names.py`.
 """
 from __future__ import annotations
 
 import mmap
 import re
-from dataclasses import dataclass
 from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
@@ -16,82 +15,25 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, TensorInfo, mapping
+from ldm.layout import Layout, Source
 from ldm.modules.weight import stored_shape
 
 SHOWN = 20  # names listed in a message, of each kind
 
 
-class Source(NamedTuple):
-    """The tensors of a file that make one parameter.
+def assemble(source: Source, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Tensors on disk -> one parameter.
 
-    `how` is "copy", "stack" (concatenated along axis 0), "transpose" (of a matrix), or "1x1" (a matrix on disk, a
-    1x1 convolution in the network).
+    Args:
+        source: which tensors, and how they make it.
+        read: name -> tensor.
     """
-
-    names: tuple
-    how: str
-
-    def shape(self, tensors: dict) -> tuple | None:
-        """Shape the parameter would have, or None if a tensor is missing or not of the right kind."""
-        if any(name not in tensors for name in self.names):
-            return None
-        shape = tensors[self.names[0]].shape
-        if self.how == "stack":
-            return (sum(tensors[name].shape[0] for name in self.names),) + shape[1:] if shape else None
-        return {"copy": shape, "transpose": shape[::-1], "1x1": shape + (1, 1)}[self.how]
-
-    def assemble(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """Tensors on disk -> one parameter."""
-        if self.how == "stack":
-            return np.concatenate([read(name) for name in self.names])
-        value = read(self.names[0])
-        if self.how == "transpose":
-            return np.ascontiguousarray(value.T)
-        return value.reshape(value.shape + (1, 1)) if self.how == "1x1" else value
-
-    def disassemble(self, shape: tuple) -> dict:
-        """Name -> (shape on disk, function from the parameter to the tensor on disk): the inverse of `assemble`."""
-        if self.how == "stack":
-            rows = shape[0] // len(self.names)
-            return {name: ((rows,) + shape[1:], lambda value, i=i: value[i * rows : (i + 1) * rows])
-                    for i, name in enumerate(self.names)}
-        if self.how == "transpose":
-            return {self.names[0]: (shape[::-1], lambda value: np.ascontiguousarray(value.T))}
-        if self.how == "1x1":
-            return {self.names[0]: (shape[:-2], lambda value: value.reshape(shape[:-2]))}
-        return {self.names[0]: (shape, lambda value: value)}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one part of a network is named in one kind of file.
-
-    Attributes:
-        prefix: put before every name.
-        renames: (pattern, replacement) applied in order to a parameter's path, as by re.sub.
-        stacked: a pattern and the replacements that name the tensors stacked into that parameter, or None. It is
-            matched after `renames`.
-        transposed: pattern of paths stored transposed.
-        flattened: pattern of paths that are 1x1 convolutions here and matrices on disk.
-        ignored: pattern of names on disk (prefix included) that carry nothing: indices and schedule buffers.
-    """
-
-    prefix: str = ""
-    renames: tuple = ()
-    stacked: tuple | None = None
-    transposed: str = r"(?!)"
-    flattened: str = r"(?!)"
-    ignored: str = r"(?!)"
-
-    def source(self, path: str) -> Source:
-        """The tensors on disk that make the parameter at `path` in the network."""
-        name = path
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        if self.stacked and re.search(self.stacked[0], name):
-            return Source(tuple(self.prefix + re.sub(self.stacked[0], to, name) for to in self.stacked[1]), "stack")
-        how = "transpose" if re.search(self.transposed, path) else "1x1" if re.search(self.flattened, path) else "copy"
-        return Source((self.prefix + name,), how)
+    if source.how == "stack":
+        return np.concatenate([read(name) for name in source.names])
+    value = read(source.names[0])
+    if source.how == "transpose":
+        return np.ascontiguousarray(value.T)
+    return value.reshape(value.shape + (1, 1)) if source.how == "1x1" else value
 
 
 class View:
@@ -180,7 +122,7 @@ def read_parameter(file: CheckpointFile, source: Source) -> np.ndarray:
     Raises:
         CheckpointError: it holds NaN or infinity.
     """
-    value = source.assemble(file.read)
+    value = assemble(source, file.read)
     # A sum is one fast pass and cannot be finite if an element is not; a finite but huge tensor may overflow it.
     with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite(value.sum(dtype=np.float32)) and not np.isfinite(value).all():

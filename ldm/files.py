@@ -1,4 +1,4 @@
-"""Files that programs read and write: tried before long work, written whole or not at all, removed when a program stops.
+"""Files that programs read and write: tried before long work, written whole or not at all, removed at a stop.
 
 Every file that is read again is written by `replacing`; every path a user names goes through one of the `check_`
 functions before anything large is loaded.
@@ -259,7 +259,7 @@ def _remove(made: list) -> None:
 
 
 def remove_unfinished() -> None:
-    """Remove everything that is being written; afterwards nothing can be begun or completed. For a process that ends."""
+    """Remove what is being written; afterwards nothing can be begun or completed. For a process that ends."""
     _registry.acquire(timeout=2)
     for made in list(_unfinished):
         _remove(made)

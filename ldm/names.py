@@ -4,7 +4,7 @@ Network paths are CompVis/sgm names with MindSpore's norm names (gamma, beta).
 """
 from __future__ import annotations
 
-from ldm.checkpoint import Layout
+from ldm.layout import Layout
 
 # Every torch file: norms and embeddings are `weight` and `bias`.
 TORCH_NORMS = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))

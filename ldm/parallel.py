@@ -64,7 +64,7 @@ def adopt_open_mpi() -> None:
     Raises:
         UserError: the variables make no sense.
     """
-    rank, size = (os.environ.get(f"OMPI_COMM_WORLD_{name}", default) for name, default in (("RANK", "0"), ("SIZE", "1")))
+    rank, size = os.environ.get("OMPI_COMM_WORLD_RANK", "0"), os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
         raise UserError(f"OMPI_COMM_WORLD_RANK {rank} and OMPI_COMM_WORLD_SIZE {size} are no rank and size, as mpirun "
                         "sets them; unset both, or start the script by mpirun")

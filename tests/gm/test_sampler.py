@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
+from gm.choices import guidance
 from gm.denoiser import Denoiser, timesteps_of
 from gm.discretizer import DISCRETIZATIONS, discretize
-from gm.guider import guidance
 from gm.sampler import SAMPLERS, sample_dpmpp_2m, sample_euler, sample_euler_ancestral, sample_heun
 from ldm.ddim import KeptRegion
 from ldm.errors import UserError
