@@ -68,7 +68,8 @@ def find_csv(path: Path, flag: str) -> Path:
     if not os.path.isfile(file) or file.suffix.lower() != ".csv":
         found = "neither a folder nor a .csv file" if os.path.exists(path) else "no such file or folder"
         found = f"holds no {CSV_NAME}" if is_folder else found
-        raise UserError(f"{flag} {printable(path)}: {found}; give a folder with pictures and {CSV_NAME}, or a .csv file")
+        raise UserError(f"{flag} {printable(path)}: {found}; give a folder with pictures and {CSV_NAME}, or a .csv "
+                        "file")
     return file
 
 
@@ -194,8 +195,8 @@ class ImageTextDataset:
                 self._broken.add(row)
                 log.warning("skipped: %s", error)
             if len(self._broken) > self.max_broken:
-                raise UserError(f"{self.flag} {printable(self.csv)}: {len(self._broken)} pictures cannot be read, more than "
-                                f"--max_broken {self.max_broken}; mend them or allow more; the last: {error}")
+                raise UserError(f"{self.flag} {printable(self.csv)}: {len(self._broken)} pictures cannot be read, more "
+                                f"than --max_broken {self.max_broken}; mend them or allow more; the last: {error}")
 
 
 def fit(image: Image.Image, size: tuple, rng: np.random.Generator | None, name: str) -> tuple:

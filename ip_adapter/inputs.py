@@ -87,7 +87,8 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
         set_size(args, reference.size, f"--ref_img {printable(args.ref_img)}")
     elif pictures:
         shrink = min(width, height) / min(pictures[0].size)
-        set_size(args, tuple(side * shrink for side in pictures[0].size), f"--control_image {printable(args.control_image[0])}")
+        size = tuple(side * shrink for side in pictures[0].size)
+        set_size(args, size, f"--control_image {printable(args.control_image[0])}")
     args.H, args.W = args.H or height, args.W or width
     if reference is not None:
         reference = fit(reference, args.W, args.H, f"--ref_img {printable(args.ref_img)}")

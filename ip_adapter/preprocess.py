@@ -72,7 +72,8 @@ def _opened(path, flag: str) -> Iterator[Image.Image]:
     try:
         if check_readable(path, flag, EXPECTED).stat().st_size == 0:
             raise UserError(f"{shown}: the file is empty; expected {EXPECTED}")
-        with Image.open(path, formats=_formats()) as image:
+        # By its name Pillow 12 would map an uncompressed TIFF into memory, with the sides of a turned one swapped.
+        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UserError(f"{shown}: {width} x {height} pixels, at most {MAX_PIXELS:,} are taken; resize it")

@@ -8,7 +8,6 @@ import argparse
 import csv
 import logging
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,12 +27,13 @@ from ip_adapter.drawn_world import (  # noqa: E402
 )
 from ip_adapter.script import run_script  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files import check_writable, printable, reason, temporary_folder  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags and draw."""
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument("--out", required=True, help="folder to write, new or empty")
     parser.add_argument("--count", type=in_range(int, 1, 10_000_000), default=5000, help="how many pictures")
     parser.add_argument("--seed", type=in_range(int, 0, 2**63), default=0, help="picture n follows from seed and n")
     parser.add_argument("--size", type=in_range(int, 32, 1024), default=128, help="side of the pictures in pixels")
@@ -48,24 +48,22 @@ def main(argv: list | None = None) -> None:
                              "caption names the ground alone: an adapter learns to leave to the text what it says")
     args = parser.parse_args(argv)
     start_logging()
-    out = args.out.resolve()
+    out, name = check_writable(args.out, "--out", folder=True).resolve(), f"--out {printable(args.out)}"
     try:
         held = sorted(path.name for path in out.iterdir()) if out.exists() else []
         if held:
-            named = "img_txt.csv" if "img_txt.csv" in held else held[0]
-            raise UserError(f"--out {args.out}: already holds {named}, expected a new or empty folder; name another, "
-                            "or remove what is there")
-        near = next(folder for folder in out.parents if folder.exists())
-        with tempfile.TemporaryDirectory(dir=near, prefix=".draw_world.") as unfinished:
-            folder = Path(unfinished) / "drawn"
+            shown = printable("img_txt.csv" if "img_txt.csv" in held else held[0])
+            raise UserError(f"{name}: already holds {shown}, expected a new or empty folder; name another, or remove "
+                            "what is there")
+        with temporary_folder(out.parent, ".draw_world.") as unfinished:
+            folder = unfinished / "drawn"
             folder.mkdir()
             write_pictures(folder, args)
-            out.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(out)
     except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror or error}); free some space or choose "
-                        "another folder") from None
-    logging.info("%d pictures and img_txt.csv written into %s", args.count, args.out)
+        raise UserError(f"{name}: cannot be written ({reason(error)}); free some space or choose another "
+                        "folder") from None
+    logging.info("%d pictures and img_txt.csv written into %s", args.count, printable(args.out))
 
 
 def write_pictures(folder: Path, args: argparse.Namespace) -> None:

@@ -75,6 +75,16 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_leaves_nothing(tmp_path):
+    program = ("import os, sys; sys.path.insert(0, sys.argv[1])\n"
+               "from pathlib import Path; from PIL import Image; from ip_adapter.pictures import save_png\n"
+               "from ldm.files import remove_unfinished\n"
+               "os.fsync = lambda *_: (remove_unfinished(), os._exit(143))\n"
+               "save_png(Path(sys.argv[2]), Image.new('RGB', (2, 2)), {})")
+    result = subprocess.run([sys.executable, "-c", program, ROOT, tmp_path / "new" / "samples"], timeout=60)
+    assert result.returncode == 143 and not list(tmp_path.iterdir())
+
+
 def test_every_kind_of_file_takes_its_name(tmp_path, file_system):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
@@ -87,7 +97,8 @@ def test_every_kind_of_file_takes_its_name(tmp_path, file_system):
 
 @pytest.mark.parametrize("text, stored", [
     ("caf\udce9.png", "caf\ufffd.png"), ("half \ud83d", "half \ufffd"), ("\ud83d\ude00", "\U0001f600"),
-    ("a\0b\n", "a\0b\n"), (None, "None"), (Path("/caf\udce9"), "/caf\ufffd"), (b"\xff", "b'\\xff'"), (1.5, "1.5"), ("", "")])
+    ("a\0b\n", "a\0b\n"), (None, "None"), (Path("/caf\udce9"), "/caf\ufffd"), (b"\xff", "b'\\xff'"),
+    (1.5, "1.5"), ("", "")])
 def test_any_text_is_stored(tmp_path, text, stored):
     path = save_png(tmp_path / "caf\udce9", SMALL, {"prompt": text})
     assert Image.open(path).text == {"prompt": stored} and open_image(path).size == (2, 2)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 
 import pandas
 import pytest
@@ -82,7 +84,9 @@ def test_mistakes(tmp_path, outcome):
     cases = [
         (["--out", tmp_path / "taken"], "--out .*taken: already holds img_txt.csv, expected .*; name another"),
         (["--out", tmp_path / "mine"], "--out .*mine: already holds 00000.png"),
-        (["--out", tmp_path / "file"], "--out .*file: cannot be written"),
+        (["--out", tmp_path / "file"], "--out .*file: is not a folder; name another folder"),
+        (["--out", ""], "--out is empty; name another folder"),
+        (["--out", tmp_path / ("x" * 300)], "x: cannot be written .File name too long"),
         (["--out", tmp_path / "file" / "world"], "--out .*world: cannot be written"),
         (["--out", tmp_path / "new", "--count", "0"], "--count: 0 is out of range"),
         (["--out", tmp_path / "new", "--size", "big"], "--size: 'big' is not a whole number"),
@@ -103,3 +107,20 @@ def test_an_unfinished_folder_is_removed(tmp_path, outcome, monkeypatch, error, 
     monkeypatch.setitem(DRAW.__globals__, "training_caption", fail)
     status, said = outcome(DRAW, "--out", tmp_path / "new" / "world", "--count", 3)
     assert status == expected and "Traceback" not in said and not list(tmp_path.iterdir())
+
+
+def test_a_signal_leaves_nothing(tmp_path):
+    """What the program does when one arrives while pictures are drawn."""
+    program = ("import os, runpy, sys; from ldm.files import remove_unfinished\n"
+               "main = runpy.run_path('tools/draw_world.py')['main']\n"
+               "main.__globals__['training_caption'] = lambda *_: (remove_unfinished(), os._exit(143))\n"
+               "main(['--out', sys.argv[1], '--count', '3'])")
+    result = subprocess.run([sys.executable, "-c", program, tmp_path / "new" / "world"], cwd=ROOT, timeout=60)
+    assert result.returncode == 143 and not list(tmp_path.iterdir())
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path, outcome):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "world").symlink_to("disk")
+    assert outcome(DRAW, "--out", tmp_path / "world", "--count", 2)[0] == 0
+    assert len(list((tmp_path / "disk").iterdir())) == 4 and (tmp_path / "world").is_symlink()
