@@ -61,12 +61,13 @@ class ClipScorer:
 def own_scorer(model: ImagePromptModel) -> ClipScorer:
     """A scorer from the encoders of a model.
 
-    Of SD-1.5 itself only pictures can be compared, for its text encoder belongs to another CLIP than its image encoder;
-    those of the demo model were trained together.
+    Texts can be compared where a text encoder shares its space with the image encoder: those of the demo models, and
+    SDXL's second one with an image encoder of the same CLIP. SD-1.5's belongs to another CLIP than its image encoder.
     """
-    image, text = model.embedder.image_encoder, model.diffusion.text_encoders[0]
-    together = text.config.width == image.config.embed_dim
-    return ClipScorer(image, *((text, model.diffusion.tokenizer) if together else (None, None)))
+    image = model.embedder.image_encoder
+    together = [pair for pair in zip(model.diffusion.text_encoders, model.diffusion.tokenizers)
+                if (pair[0].config.projection or pair[0].config.width) == image.config.embed_dim]
+    return ClipScorer(image, *(together[-1] if together else (None, None)))
 
 
 def open_scorer(path: Path, activation: str) -> ClipScorer:

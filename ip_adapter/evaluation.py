@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import logging
+import math
 from pathlib import Path
 
 import numpy as np
-import pandas
 from PIL import Image
 from tqdm import tqdm
 
@@ -16,13 +18,18 @@ from ip_adapter.clip_score import ClipScorer
 from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.generation import generate
 from ip_adapter.pictures import file_sha256, grid
+from ip_adapter.preprocess import open_image
+from ip_adapter.results_folder import save_image, writing
 from ldm.errors import UserError
+from ldm.files import check_readable, printable, replacing, write_text
 
 COLUMNS = ("row", "dir", "clip_i", "clip_t")
 SHEET_ROWS = 8
 PAPER = {"clip_i": 0.828, "clip_t": 0.588}  # arXiv 2308.06721, table 1, IP-Adapter
 # Settings that decide a picture or its score; a folder holds those of one choice.
 SETTINGS = ("variations", "prompt", "negative_prompt", "ip_scale", "scale", "sampling_steps", "size", "seed")
+
+log = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -36,7 +43,7 @@ class Evaluation:
         dataset: picture prompts and their captions.
 
     Raises:
-        UserError: the folder holds an evaluation with other settings.
+        UserError: the folder holds an evaluation with other settings, or what it holds cannot be told.
     """
 
     def __init__(self, args: argparse.Namespace, weights: Path, dataset: ImageTextDataset):
@@ -46,68 +53,119 @@ class Evaluation:
                          **{key: file_sha256(path) if path else None for key, path in files.items()}}
         note = self.folder / "settings.json"
         if note.exists():
-            found = json.loads(note.read_text())
-            differing = [f"{key} {value!r} (now {self.settings.get(key)!r})" for key, value in found.items()
-                         if self.settings.get(key) != value]
+            found = read_settings(note)
+            differing = [f"{key} {repr(found.get(key))[:80]} (now {self.settings.get(key)!r})"
+                         for key in {**self.settings, **found} if found.get(key) != self.settings.get(key)]
             if differing:
-                raise UserError(f"--out {self.folder}: holds an evaluation with {', '.join(differing)}; give the same, "
-                                "or another folder")
+                raise UserError(f"--out {printable(self.folder)}: holds an evaluation with {', '.join(differing[:5])}; "
+                                "give the same, or another folder")
 
     def run(self, model: ImagePromptModel, scorer: ClipScorer) -> str:
-        """Make and score what is missing; returns the table."""
+        """Make and score what is missing; returns the table.
+
+        Raises:
+            UserError: something cannot be written; what was finished before is kept.
+        """
         args, results = self.args, self.folder / "results.csv"
-        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
-        (self.folder / "settings.json").write_text(json.dumps(self.settings, indent=1) + "\n")
-        done = _rows(results)
+        done = [row for row in read_results(results) if all(path.is_file() for path in self._paths(row["row"]))]
+        known = {row["row"] for row in done}
         model.set_ip_scale(args.ip_scale)
         model.diffusion.set_size(args.size, args.size)
         texts = [model.diffusion.condition([text]) for text in (args.prompt, args.negative_prompt)]
-        with open(results, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+        for n in tqdm(range(min(args.count, len(self.dataset))), desc="evaluating", unit="row", disable=None):
+            if n in known:
+                continue
+            row = self.dataset.sample(n, None).index  # another one if n cannot be read
+            picture = self.dataset.picture(row)
+            made = self._make(model, picture, texts, n)
+            done.append({"row": n, "dir": printable(self.dataset.path(row).name),
+                         "clip_i": scorer.clip_i(made, picture), "clip_t": scorer.clip_t(made, self.dataset.text(row))})
+            with writing(self.folder, "--out"):
+                self._keep(made, done)
+        with writing(self.folder, "--out"):
+            return self._table(done)
+
+    def _paths(self, n: int) -> list:
+        return [self.folder / "pictures" / f"{n:06d}-{k}.png" for k in range(self.args.variations)]
+
+    def _keep(self, made: np.ndarray, done: list) -> None:
+        """Write the pictures of the last row, then that it is done: a stop in between costs this row only."""
+        for path, pixels in zip(self._paths(done[-1]["row"]), made):
+            save_image(path, Image.fromarray(pixels))
+        if not (self.folder / "settings.json").exists():
+            write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1) + "\n")
+        with replacing(self.folder / "results.csv", text=True) as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(done)
-            known = {int(row["row"]) for row in done}
-            for n in tqdm(range(min(args.count, len(self.dataset))), desc="evaluating", unit="row", disable=None):
-                if n in known:
-                    continue
-                row = self.dataset.sample(n, None).index  # another one if n cannot be read
-                picture = self.dataset.picture(row)
-                made = self._make(model, picture, texts, n)
-                for k, pixels in enumerate(made):
-                    Image.fromarray(pixels).save(self.folder / "pictures" / f"{n:06d}-{k}.png")
-                writer.writerow({"row": n, "dir": self.dataset.path(row).name, "clip_i": scorer.clip_i(made, picture),
-                                 "clip_t": scorer.clip_t(made, self.dataset.text(row))})
-                file.flush()
-        return self._table(results)
 
     def _make(self, model: ImagePromptModel, picture: Image.Image, texts: list, n: int) -> np.ndarray:
         args, sides = self.args, model.with_image(texts, model.embed(picture))
         seeds = [args.seed + n * args.variations + k for k in range(args.variations)]
         return generate(model, sides, seeds, args.size, args.sampling_steps, args.scale)
 
-    def _table(self, results: Path) -> str:
+    def _table(self, done: list) -> str:
         """Write table and sheet; returns the table."""
-        scores = pandas.read_csv(results)
-        lines = [f"{len(scores)} picture prompts x {self.args.variations}, {self.args.sampling_steps} steps, guidance "
+        lines = [f"{len(done)} picture prompts x {self.args.variations}, {self.args.sampling_steps} steps, guidance "
                  f"{self.args.scale}, image scale {self.args.ip_scale}", "          here    paper (COCO val 2017)"]
         for name, title in (("clip_i", "CLIP-I"), ("clip_t", "CLIP-T")):
-            mean = scores[name].mean()
-            shown = "  -  (needs --clip)" if np.isnan(mean) else f"{mean:.3f}"
+            scores = [row[name] for row in done if row[name] is not None]
+            shown = f"{np.mean(scores):.3f}" if scores else "  -  (needs --clip)"
             lines.append(f"{title:8}  {shown}   {PAPER[name]:.3f}")
         table = "\n".join(lines)
-        (self.folder / "table.txt").write_text(table + "\n")
+        write_text(self.folder / "table.txt", table + "\n")
         rows = []
-        for n in scores["row"][:SHEET_ROWS]:
-            made = np.stack([np.asarray(Image.open(self.folder / "pictures" / f"{n:06d}-{k}.png"))
-                             for k in range(self.args.variations)])
-            rows.append(np.asarray(grid([self.dataset.picture(self.dataset.sample(n, None).index)], made)))
-        Image.fromarray(np.concatenate(rows)).save(self.folder / "sheet.png")
+        for row in done[:SHEET_ROWS]:
+            made = np.stack([np.asarray(open_image(path, "--out")) for path in self._paths(row["row"])])
+            prompt = self.dataset.picture(self.dataset.sample(row["row"] % len(self.dataset), None).index)
+            rows.append(np.asarray(grid([prompt], made)))
+        save_image(self.folder / "sheet.png", Image.fromarray(np.concatenate(rows)))
         return table
 
 
-def _rows(results: Path) -> list:
-    """The rows done so far; the last may have been cut off by a kill."""
+def read_settings(note: Path) -> dict:
+    """What the pictures of a folder were made with.
+
+    Raises:
+        UserError: it cannot be read; then nobody knows whether new pictures belong to the old ones.
+    """
+    check_readable(note, "--out", "the settings of an evaluation")
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        found = error
+    if not isinstance(found, dict):
+        raise UserError(f"--out {printable(note)}: is damaged, expected the settings that an evaluation has left; name "
+                        "another folder, or remove this file if the flags are the same as before")
+    return found
+
+
+def read_results(results: Path) -> list:
+    """The rows done so far, with numbers as such; what is cut off, or no row, is left out with a notice.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
     if not results.exists():
         return []
-    with open(results, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and row["row"].isdigit()]
+    check_readable(results, "--out", "the results of an evaluation")
+    text = results.read_bytes().decode("utf-8-sig", "replace")
+    *lines, cut = text.split("\n")  # a row without its line end may end within a number
+    rows = [_result(line.rstrip("\r")) for line in lines if line.strip() not in ("", ",".join(COLUMNS))]
+    whole = {row["row"]: row for row in rows if row is not None}
+    left_out = len(rows) - len(whole) + bool(cut)
+    if left_out:
+        log.warning("--out %s: %d rows are cut, damaged or doubled; they are made again", printable(results), left_out)
+    return list(whole.values())
+
+
+def _result(line: str) -> dict | None:
+    """One line of results.csv, None if it is no whole row."""
+    try:
+        number, name, clip_i, clip_t = next(csv.reader(io.StringIO(line), strict=True))
+        row = {"row": int(number), "dir": name, "clip_i": float(clip_i), "clip_t": float(clip_t) if clip_t else None}
+    except (ValueError, csv.Error, StopIteration):
+        return None
+    scores = [score for score in (row["clip_i"], row["clip_t"]) if score is not None]
+    sound = 0 <= row["row"] <= 10**9 and all(math.isfinite(score) and -2 < score < 3 for score in scores)
+    return row if sound else None

@@ -4,6 +4,7 @@ python tools/evaluate.py --images COCO2017/val2017 --weights checkpoints/sd_mode
 """
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from pathlib import Path
@@ -18,17 +19,20 @@ from ip_adapter.cli import (  # noqa: E402
     checkpoint_file,
     config_from,
     existing_file,
+    first_existing,
     in_range,
     multiple_of_8,
     one_of,
     start_logging,
 )
 from ip_adapter.clip_score import open_scorer, own_scorer  # noqa: E402
+from ip_adapter.config import InferenceConfig  # noqa: E402
 from ip_adapter.dataset import ImageTextDataset  # noqa: E402
 from ip_adapter.evaluation import Evaluation  # noqa: E402
-from ip_adapter.inference_cli import EITHER  # noqa: E402
+from ip_adapter.families import SD15, SDXL  # noqa: E402
+from ip_adapter.inference_cli import EITHER, INFERENCE_SDXL  # noqa: E402
+from ip_adapter.results_folder import own_folder  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
-from ip_adapter.weights import default_weights  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
 
 
@@ -61,15 +65,30 @@ def main(argv: list | None = None) -> None:
     add_device_flags(parser, "0 on Ascend, 1 on the CPU")
     args = parser.parse_args(argv)
     start_logging(args.log_level)
-    start_device(args.device_target, args.ms_mode, args.cpu_threads)
+    with own_folder(args.out, "--out"):
+        logging.info("%s", evaluate(args, config))
 
+
+def evaluate(args: argparse.Namespace, config: InferenceConfig) -> str:
+    """Make and score the pictures; returns the table."""
     dataset = ImageTextDataset(args.images, args.size, max_broken=args.max_broken, flag="--images")
-    weights = default_weights(args, config)
+    weights = args.ckpt_path or default_checkpoint(args.version, config)
     evaluation = Evaluation(args, weights, dataset)
+    start_device(args.device_target, args.ms_mode, args.cpu_threads)
     model = build_model(weights, config.model, args.dtype or default_dtype(), ExtraParts(args.ip_adapter),
                         family=None)
     scorer = open_scorer(args.clip, args.clip_activation) if args.clip else own_scorer(model)
-    logging.info("%s", evaluation.run(model, scorer))
+    return evaluation.run(model, scorer)
+
+
+def default_checkpoint(version: str, config: InferenceConfig) -> Path:
+    """The configuration's checkpoint.
+
+    Raises:
+        UserError: it is not there.
+    """
+    family, demo = (SDXL, "xl_demo") if EITHER[version] in INFERENCE_SDXL.values() else (SD15, "demo")
+    return first_existing(config.ckpt_path, "--weights", f"make it with {family.tool} or try --version {demo}")
 
 
 if __name__ == "__main__":

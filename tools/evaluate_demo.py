@@ -31,9 +31,11 @@ from ip_adapter.cli import (  # noqa: E402
 from ip_adapter.config import InferenceConfig  # noqa: E402
 from ip_adapter.demo_evaluation import TASKS, DemoJudge, figure_curves  # noqa: E402
 from ip_adapter.inference_cli import DEMOS  # noqa: E402
+from ip_adapter.results_folder import own_folder, save_image, writing  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
 from ldm.device import default_dtype, start_device  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files import write_text  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
@@ -56,17 +58,19 @@ def main(argv: list | None = None) -> None:
     add_device_flags(parser, "0")
     args = parser.parse_args(argv)
     start_logging(args.log_level)
-    start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     several = [flag for flag in ("ckpt_path", "ip_adapter") if len(getattr(args, flag) or ()) > 1]
-    if not several:
-        judged(args, config, args.out)
-        return
     if len(several) == 2:
         raise UserError("--ckpt_path and --ip_adapter name several files both; the curve is of one of them")
-    flag, = several
-    figures = {step: judged(argparse.Namespace(**{**vars(args), flag: [path]}), config, args.out / str(step))
-               for step, path in sorted((step_of(path, flag), path) for path in getattr(args, flag))}
-    figure_curves(figures).save(args.out / "curves.png")
+    steps = sorted((step_of(path, flag), path) for flag in several for path in getattr(args, flag))
+    with own_folder(args.out, "--out"):
+        start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
+        if not several:
+            judged(args, config, args.out)
+            return
+        figures = {step: judged(argparse.Namespace(**{**vars(args), several[0]: [path]}), config, args.out / str(step))
+                   for step, path in steps}
+        with writing(args.out, "--out"):
+            save_image(args.out / "curves.png", figure_curves(figures))
 
 
 def judged(args: argparse.Namespace, config: InferenceConfig, folder: Path) -> dict:
@@ -81,15 +85,15 @@ def judged(args: argparse.Namespace, config: InferenceConfig, folder: Path) -> d
     settings = {"checkpoint": weights.name, "scenes": args.count, "variations": args.variations, "steps": args.steps,
                 "guidance_scale": args.scale, "seed": args.seed}
     figures = {}
-    folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         batches = tqdm(judge.batches(TASKS[task]), total=args.count, desc=task, unit="scene", disable=None)
         figures[task], sheet = judge.judge(TASKS[task], batches)
-        Image.fromarray(sheet).save(folder / f"{task}.png")
         logging.info("%-12s %s", task, "  ".join(f"{name} {100 * value:.1f}" if name != "iou" else f"IoU {value:.3f}"
                                                 for name, value in figures[task].items()))
         # After every task, for one may take an hour: what is known outlives a run that is stopped.
-        (folder / "figures.json").write_text(json.dumps({**settings, **figures}, indent=1) + "\n")
+        with writing(folder, "--out"):
+            save_image(folder / f"{task}.png", Image.fromarray(sheet))
+            write_text(folder / "figures.json", json.dumps({**settings, **figures}, indent=1) + "\n")
     return figures
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from dataclasses import replace
 
 import numpy as np
 import pandas
 import pytest
 from PIL import Image
 
+from ip_adapter.config import InferenceConfig, load_config
 from ip_adapter.drawn_world import draw, random_scene
+from ip_adapter.evaluation import Evaluation, read_results
+from ip_adapter.inference_cli import EITHER
+from ip_adapter.results_folder import own_folder
 from ip_adapter.standins import write_clip_standin
+from ldm.errors import UserError
 from tests.conftest import ROOT, narrow_xl
 
-MAIN = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))["main"]
+TOOL = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))
+MAIN, DEFAULT = TOOL["main"], TOOL["default_checkpoint"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def test_it_goes_on_and_gives_one_table(words, tmp_path, outcome):
     first = pandas.read_csv(out / "results.csv")
     mark = (out / "pictures" / "000000-0.png").stat().st_mtime_ns
     with open(out / "results.csv", "a") as file:
-        file.write("2,2.p")  # cut off by a kill
+        file.write("2,2.png,0.3,1.")  # cut off by a kill, within its last number
     status, said = outcome(MAIN, *words)
     results = pandas.read_csv(out / "results.csv")
     assert status == 0 and len(results) == 3 and results[:2].equals(first)
@@ -62,6 +69,71 @@ def test_it_goes_on_and_gives_one_table(words, tmp_path, outcome):
     assert status == 2 and re.search("holds an evaluation with seed 42 .now 7.", said)
 
 
+def test_a_stop_before_the_first_new_row_loses_nothing(words, tmp_path, outcome, monkeypatch):
+    out = tmp_path / "out"
+    assert outcome(MAIN, *words, "--count", "1")[0] == 0
+    before = (out / "results.csv").read_bytes()
+    for error, expected in ((KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)):
+        def fail(*_, error=error):
+            raise error
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluation, "_make" if expected == 130 else "_keep", fail)
+            status, said = outcome(MAIN, *words)
+        assert status == expected and "Traceback" not in said
+        assert (out / "results.csv").read_bytes() == before
+    assert re.search("--out .*out: cannot be written .No space left on device.; what is done so far is kept", said)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "pictures", "results.csv", "settings.json", "sheet.png", "table.txt"]
+
+
+def test_nothing_is_left_of_an_evaluation_without_a_row(words, tmp_path, outcome, monkeypatch):
+    monkeypatch.setattr(Evaluation, "_make", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert outcome(MAIN, *words)[0] == 130 and not (tmp_path / "out").exists()
+
+
+def test_rows_are_whole_or_left_out(tmp_path, caplog):
+    file = tmp_path / "results.csv"
+    file.write_bytes(b"row,dir,clip_i,clip_t\r\n0,a.png,0.5,\r\n1,\"b,c.png\",0.25,1.5\r\n2,d.png,nan,1\r\n"
+                     b"x\0\xff,\"\r\n3,e.png,0.5\r\n1,twice.png,0.125,1\n4,f.png,0.5,1.2")
+    assert read_results(file) == [{"row": 0, "dir": "a.png", "clip_i": 0.5, "clip_t": None},
+                                  {"row": 1, "dir": "twice.png", "clip_i": 0.125, "clip_t": 1.0}]
+    assert "5 rows are cut, damaged or doubled" in caplog.text
+    assert read_results(tmp_path / "none.csv") == []
+
+
+def test_damaged_settings_are_one_line(words, tmp_path, outcome):
+    out = tmp_path / "out"
+    assert outcome(MAIN, *words, "--count", "1")[0] == 0
+    for content in (b"", b'{"seed": 4', b"[]", b"\xff\0", b"[" * 100_000):
+        (out / "settings.json").write_bytes(content)
+        status, said = outcome(MAIN, *words)
+        assert status == 2 and "settings.json: is damaged" in said and len(said.strip().splitlines()) == 1, said
+    (out / "settings.json").write_text("{}")
+    assert "holds an evaluation with variations None (now 2)" in outcome(MAIN, *words)[1]
+
+
+def test_two_evaluations_in_one_folder(words, tmp_path, outcome):
+    with own_folder(tmp_path / "out", "--out"):
+        status, said = outcome(MAIN, *words)
+    assert status == 2 and "another process is writing into this folder" in said
+
+
+@pytest.mark.parametrize("version", ["demo", "xl_demo"])
+def test_the_demo_models_compare_texts_too(world, version, tmp_path, outcome):
+    status, said = outcome(MAIN, "--images", world, "--version", version, "--out", tmp_path / "out", "--count", "1",
+                           "--sampling_steps", "2", "--variations", "1", "--ms_mode", "1")
+    assert status == 0 and "needs --clip" not in said, said
+    assert 0 <= read_results(tmp_path / "out" / "results.csv")[0]["clip_t"] <= 2.5
+
+
+def test_advice_is_that_of_the_family(world, tmp_path, outcome, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for version, tool, demo in (("1.5", "merge_ckpts_sd.py", "demo"), ("xl", "merge_ckpts_sdxl.py", "xl_demo")):
+        config = load_config(InferenceConfig, ROOT / "configs" / EITHER[version])
+        with pytest.raises(UserError, match=f"--weights: no file .*{tool} or try --version {demo}$"):
+            DEFAULT(version, replace(config, ckpt_path=["none.ckpt"]))
+
+
 def test_without_a_clip_only_pictures_are_compared(words, tmp_path, outcome):
     status, said = outcome(MAIN, *words, "--count", "1")
     assert status == 0 and "needs --clip" in said
@@ -72,6 +144,8 @@ def test_mistakes(words, standins, tmp_path, outcome):
     for flags, expected in ((["--images", tmp_path / "absent"], "--images .*absent"),
                             (["--clip", standins["vae"]], "holds no whole CLIP"),
                             (["--weights", tmp_path / "a.ckpt"], "a.ckpt: no such file"),
+                            (["--out", "/proc/no/folder"], "--out /proc/no/folder: cannot be written"),
+                            (["--out", standins["vae"]], "--out .*: is not a folder"),
                             (["--size", "100"], "multiple of 8"),
                             (["--varations", "1"], "did you mean --variations")):
         status, said = outcome(MAIN, *words, *flags)

@@ -61,6 +61,13 @@ def test_several_checkpoints_make_a_curve(tmp_path):
     assert result.returncode == 2 and "best.safetensors: has no step in its name" in result.stderr
     result = evaluate("--ckpt_path", *files[1:] * 2, "--ip_adapter", *files[1:] * 2)
     assert result.returncode == 2 and "the curve is of one of them" in result.stderr
+    before = (out / "20" / "figures.json").read_bytes()
+    for place, expected in ((out / "curves.png", "is not a folder"), ("/proc/none", "cannot be written")):
+        result = evaluate("--out", place, *words)
+        assert result.returncode == 2 and expected in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (out / "20" / "figures.json").read_bytes() == before
+    assert sorted(path.name for path in (out / "20").iterdir()) == ["figures.json", "image.png", "text.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["100", "20", "curves.png"]
 
 
 def test_a_line_for_each_figure():
