@@ -1,17 +1,20 @@
 """Compiled graphs kept from run to run, for half a minute or more of compiling each time.
 
 MindSpore keeps graphs by their number in a run and asks only whether the code has changed, so a graph of another size
-would be taken for the right one. Here every kind of run has a folder of its own.
+would be taken for the right one. Here every kind of run has a folder of its own. Nor does it look at what it reads: one
+flipped byte ends the process. So checksums are kept with the graphs, and what is damaged is compiled anew.
 """
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from ip_adapter.build import ImagePromptModel
 from ip_adapter.config import ROOT
 from ldm.device import keep_graphs, on_ascend
 from ldm.errors import UserError
+from ldm.files import cache_folder, printable, reason, temporary_folder, write_text
 
 # Flags that only say what goes through the graphs and where results go. All others may change graphs or their order.
 DATA_FLAGS = {"img", "prompt", "negative_prompt", "data_path", "negative_data_path", "ip_scale", "scale", "seed",
@@ -31,6 +35,9 @@ DATA_FLAGS = {"img", "prompt", "negative_prompt", "data_path", "negative_data_pa
 STEP_FLAGS = "guidance_start", "guidance_end", "deep_every", "control_image"
 # So many kinds of runs are kept, those used last: 45 MB each for SD-1.5. What a killed run has left goes after a day.
 KEPT, LEFT_SECONDS = 10, 86400
+SUMS = "sums.json"
+
+log = logging.getLogger(__name__)
 
 
 class RunGraphs:
@@ -44,7 +51,8 @@ class RunGraphs:
 
     def __init__(self, folder: Path, model: ImagePromptModel, args: argparse.Namespace):
         self.path = folder / _key(model, args)
-        self.unfinished: tempfile.TemporaryDirectory | None = None  # removed when Python exits
+        self.unfinished: Path | None = None  # gone when the process ends
+        self._cleanup = contextlib.ExitStack()
 
     @property
     def kept(self) -> bool:
@@ -54,7 +62,17 @@ class RunGraphs:
     @property
     def new(self) -> Path:
         """Where graphs are while they are compiled."""
-        return Path(self.unfinished.name) / "graphs"
+        return self.unfinished / "graphs"
+
+    def drop_damaged(self) -> None:
+        """Remove kept graphs that are not what was kept.
+
+        Raises:
+            OSError: they cannot be removed.
+        """
+        if self.kept and not _whole(self.path):
+            log.warning("compiled graphs in %s are damaged; they are compiled anew", printable(self.path))
+            shutil.rmtree(self.path)
 
     def use(self) -> None:
         """From now on MindSpore takes the kept graphs, or keeps those it compiles.
@@ -66,24 +84,54 @@ class RunGraphs:
             os.utime(self.path)
             keep_graphs(self.path)
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.unfinished = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f"{self.path.name}-")
+        atexit.register(self._cleanup.close)
+        self.unfinished = self._cleanup.enter_context(temporary_folder(self.path.parent, f"{self.path.name}-"))
         self.new.mkdir()
         keep_graphs(self.new)
 
     def keep(self) -> None:
-        """Let later runs use what this one has compiled, now that it is complete; forget the oldest."""
+        """Let later runs use what this one has compiled, now that it is complete; forget the oldest.
+
+        The images are made by now, so whatever goes wrong costs the next run its time and no more.
+        """
         if self.unfinished is None:
             return
-        if not self.kept:  # they are where another run was faster
-            self.new.rename(self.path)
-        self.unfinished.cleanup()
-        folders = [(path.stat().st_mtime, path) for path in self.path.parent.iterdir()
-                   if re.fullmatch(r"[0-9a-f]{16}(-\w+)?", path.name)]
-        whole = sorted((pair for pair in folders if "-" not in pair[1].name), reverse=True)
-        left = [(used, path) for used, path in folders if "-" in path.name and used < time.time() - LEFT_SECONDS]
-        for _, path in whole[KEPT:] + left:
-            shutil.rmtree(path, ignore_errors=True)
+        try:
+            if not self.kept:  # they are where another run was faster
+                write_text(self.new / SUMS, json.dumps(_sums(self.new)))
+                self.new.rename(self.path)
+        except OSError as error:
+            if not self.kept:
+                log.info("compiled graphs are not kept in %s (%s)", printable(self.path.parent), reason(error))
+        self._cleanup.close()
+        with contextlib.suppress(OSError):
+            _forget(self.path.parent)
+
+
+def _sums(folder: Path) -> dict:
+    """Path in the folder -> sha256 of each file in it but the list of sums."""
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if not path.is_dir() and path != folder / SUMS}
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a folder holds the files that were kept in it, and nothing else."""
+    try:
+        return json.loads((folder / SUMS).read_bytes()) == _sums(folder)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _forget(folder: Path) -> None:
+    """Remove the graphs used longest ago, and what killed runs have left; another run may be doing the same."""
+    whole, left = [], []
+    for path in folder.iterdir():
+        if re.fullmatch(r"[0-9a-f]{16}(-\w+)?", path.name):
+            with contextlib.suppress(OSError):
+                (left if "-" in path.name else whole).append((path.stat().st_mtime, path))
+    old = [pair for pair in left if pair[0] < time.time() - LEFT_SECONDS]
+    for _, path in sorted(whole, reverse=True)[KEPT:] + old:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def run_graphs(model: ImagePromptModel, args: argparse.Namespace) -> RunGraphs | None:
@@ -93,9 +141,16 @@ def run_graphs(model: ImagePromptModel, args: argparse.Namespace) -> RunGraphs |
     """
     folder = args.graph_cache
     if folder is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = Path("none") if on_ascend() else caches / "ip_adapter"
-    return RunGraphs(folder, model, args) if args.own_process and str(folder) != "none" else None
+        folder = None if on_ascend() else cache_folder()
+    if folder is None or str(folder) == "none" or not args.own_process:
+        return None
+    graphs = RunGraphs(folder, model, args)
+    try:
+        graphs.drop_damaged()
+    except OSError as error:
+        log.warning("compiled graphs are not used: %s cannot be removed (%s)", printable(graphs.path), reason(error))
+        return None
+    return graphs
 
 
 def use_graphs(graphs: RunGraphs, args: argparse.Namespace) -> RunGraphs | None:
@@ -109,8 +164,8 @@ def use_graphs(graphs: RunGraphs, args: argparse.Namespace) -> RunGraphs | None:
         return graphs
     except OSError as error:
         if args.graph_cache is not None:
-            raise UserError(f"--graph_cache {args.graph_cache}: cannot write there ({error.strerror}); name another "
-                            "folder") from None
+            raise UserError(f"--graph_cache {printable(args.graph_cache)}: cannot write there ({reason(error)}); name "
+                            "another folder") from None
         return None
 
 

@@ -41,6 +41,13 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def cache_folder() -> Path | None:
+    """Where what can be made again is kept for the user; None where there is no home, as in some containers."""
+    home = os.path.expanduser("~")  # stays as it is without HOME and without an entry in the list of users
+    caches = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if os.path.isabs(home) else None)
+    return Path(caches) / "ip_adapter" if caches else None
+
+
 def check_readable(path, name: str, expected: str = "a file") -> Path:
     """Open a file for a moment.
 

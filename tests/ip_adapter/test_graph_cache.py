@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ip_adapter.cli import config_from
 from ip_adapter.graph_cache import RunGraphs, run_graphs, use_graphs
 from ip_adapter.inference_cli import INFERENCE_SD, inference_parser
 from ldm.errors import UserError
+from ldm.files import cache_folder, write_text
 from tests.conftest import DATA
 
 
@@ -68,6 +70,60 @@ def test_graphs_are_there_when_a_run_is_complete(graphs_of, tmp_path):
     stopped = graphs_of(tmp_path, "--H", 64)
     stopped.use()
     assert not graphs_of(tmp_path, "--H", 64).kept
+
+
+def keep(graphs, content: bytes = b"compiled") -> RunGraphs:
+    """As a run does."""
+    graphs.use()
+    if not graphs.kept:
+        (graphs.new / "rank_0").mkdir()
+        (graphs.new / "rank_0" / "graph.mindir").write_bytes(content)
+    graphs.keep()
+    return graphs
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "rank_0" / "graph.mindir").write_bytes(b"compilee"),
+    lambda folder: (folder / "rank_0" / "graph.mindir").write_bytes(b""),
+    lambda folder: (folder / "rank_0" / "graph.mindir").unlink(),
+    lambda folder: (folder / "rank_0" / "another.mindir").write_bytes(b"compiled"),
+    lambda folder: (folder / "sums.json").write_bytes(b'{"rank_0'),
+    lambda folder: (folder / "sums.json").unlink()])
+def test_damaged_graphs_are_compiled_anew(graphs_of, tmp_path, damage, caplog):
+    path = keep(graphs_of(tmp_path)).path
+    assert graphs_of(tmp_path).kept and not caplog.records
+    damage(path)
+    assert not graphs_of(tmp_path).kept and "are damaged; they are compiled anew" in caplog.text
+    keep(graphs_of(tmp_path), b"again")
+    assert graphs_of(tmp_path).kept and (path / "rank_0" / "graph.mindir").read_bytes() == b"again"
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_keeping_graphs_never_raises(graphs_of, tmp_path, monkeypatch):
+    """Two runs that end together, a folder that is gone, a full disk."""
+    first, second, gone, full = (graphs_of(tmp_path / name) for name in ("two", "two", "gone", "full"))
+    for graphs in (first, second, gone, full):
+        graphs.use()
+        (graphs.new / "graph").write_text("compiled")
+
+    def meanwhile(*words):
+        monkeypatch.undo()
+        first.keep()
+        write_text(*words)
+    monkeypatch.setattr(graph_cache, "write_text", meanwhile)
+    second.keep()
+    assert (first.path / "graph").is_file() and not second.unfinished.exists()
+    shutil.rmtree(tmp_path / "gone")
+    gone.keep()
+    monkeypatch.setattr(graph_cache, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    full.keep()
+    assert not full.kept and not full.unfinished.exists()
+
+
+def test_no_home_no_graphs(graphs_of, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and nobody of this number
+    assert cache_folder() is None and graphs_of(None) is None
 
 
 def test_the_oldest_graphs_are_forgotten(graphs_of, tmp_path, monkeypatch):
