@@ -6,8 +6,8 @@ python train_sdxl.py --data_path datasets/pokemon_blip/train \
 from __future__ import annotations
 
 from ip_adapter.adapter_training import training_script
-from ip_adapter.cli import execute
 from ip_adapter.families import SDXL
+from ip_adapter.script import run_script
 
 
 def main(argv: list | None = None) -> None:
@@ -16,4 +16,4 @@ def main(argv: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    execute(main)
+    run_script(main)

@@ -30,6 +30,8 @@ def run_script(main: Callable[[], None]) -> None:
 def execute(main: Callable[[], None]) -> None:
     """Call `main`; a user's mistake becomes one line and status 2, Ctrl-C one line and status 130.
 
+    A KeyboardInterrupt may carry the number of the signal that it stands for; SIGTERM becomes status 143.
+
     Raises:
         SystemExit: with that status; nothing is raised after success.
     """
@@ -41,8 +43,9 @@ def execute(main: Callable[[], None]) -> None:
         leave(0)
     except UserError as error:
         sys.exit(_leave(2, f"error: {error}"))
-    except KeyboardInterrupt:
-        sys.exit(_leave(130, _stopped(signal.SIGINT)))
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        sys.exit(_leave(128 + number, _stopped(number)))
     except BrokenPipeError:  # who reads our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(_leave(141, "the reader of the output is gone"))

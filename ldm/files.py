@@ -183,6 +183,22 @@ def temporary_folder(parent, prefix: str = ".unfinished.") -> Iterator[Path]:
             _unfinished.remove(made)
 
 
+@contextlib.contextmanager
+def made_folder(folder) -> Iterator[Path]:
+    """A folder, made if missing; what was made and is still empty at the end, or at a signal, is removed again."""
+    folder = Path(folder)
+    made = [folder / f".{os.getpid()}.none"]  # the place of a temporary file, which there is none of
+    try:
+        with _registry:
+            _unfinished.append(made)
+            made += _make_folder(folder)
+        yield folder
+    finally:
+        _remove(made)
+        with _registry:
+            _unfinished.remove(made)
+
+
 def _make_folder(folder: Path) -> list:
     """Make a folder and those above it; returns what was made, innermost first."""
     missing = []
