@@ -84,7 +84,8 @@ def test_adamw_is_the_papers(mode, config):
     expected = by_formula(data, config)
     state = step.optimizer.state()
     got = np.append(state["parameter.a"], state["parameter.b"])
-    np.testing.assert_allclose(got, expected[:3], rtol=1e-5)
+    # The operator computes v + (g * g - v): with beta2 0 a small g that follows a large one is rounded more.
+    np.testing.assert_allclose(got, expected[:3], rtol=1e-5, atol=0 if config.beta2 else 2e-6)
     trained = step.optimizer.trained()
     np.testing.assert_allclose(np.append(trained["a"], trained["b"]), expected[3:] if config.ema_decay else got,
                                rtol=1e-5)
@@ -141,7 +142,7 @@ def test_to_compute_with_what_is_published_changes_no_training(mode):
     train(straight, data)
     train(watched, data[:5])
     x, y = (Tensor(array) for array in data[0])
-    trained, line, network = watched.optimizer.trained(), Line()
+    trained, line = watched.optimizer.trained(), Line()
     line.a.set_data(Tensor(trained["a"].copy()))
     line.b.set_data(Tensor(trained["b"].copy()))
     with watched.optimizer.publishing():
