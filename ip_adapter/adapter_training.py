@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,16 @@ from ip_adapter.training_run import TrainingRun, optimizer_config
 from ip_adapter.validation import Validation
 from ldm.parallel import Group
 
+log = logging.getLogger(__name__)
+
+
+def advice(family: Family, version: str, weights: Path, adapter: Path) -> str:
+    """What to do with an adapter that was trained on `weights` and saved."""
+    script = {"SD-1.5": "image_variation_sd.py", "SDXL": "image_variation_sdxl.py"}[family.name]
+    return "make images with it: " + shlex.join(
+        ["python", script, "--version", version, "--ckpt_path", str(weights), "--ip_adapter", str(adapter), "--img",
+         "IMAGE"])
+
 
 def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Family, group: Group) -> None:
     """Train what `adapter_parameters` names; see `ip_adapter.training_cli.training_parser` for `args`."""
@@ -31,11 +44,14 @@ def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Fami
         dataset.size_of_row = buckets.size_of
     stream = BucketStream(buckets, args.train_batch_size, args.seed, group.size, group.rank)
     weights = first_existing([args.pretrained_model_path], "--pretrained_model_path", f"make it with {family.tool}")
+    log.info("loading the model %s", weights)
     model = build_model(Path(weights), config.model, args.dtype, train_adapter=True, family=family)
     optimizer = AdamW(adapter_parameters(model), optimizer_config(args))
+    if args.validation_interval:
+        log.info("encoding the images and captions of the validation")
     validation = Validation(args, model) if args.validation_interval and group.rank == 0 else None
     run = TrainingRun(args, optimizer, len(dataset), lambda path, trained: save_adapter(path, trained, model),
-                      family.finetuned, group, validation)
+                      family.finetuned, group, validation, partial(advice, family, args.version, weights))
     if args.recompute:
         recompute_blocks(model.diffusion.unet)
     loss = NoisePredictionLoss(model.diffusion.unet, model.embedder.image_proj)
@@ -43,6 +59,8 @@ def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Fami
     encoders = FrozenEncoders(model)
     first, make, collate = run.step * args.gradient_accumulation_steps, samples_of(dataset, args.seed), stack
     if args.cache_dir:
+        log.info("encoding %d images, but for those that --cache_dir %s holds already", len(dataset),
+                 args.cache_dir)
         caches = [FeatureCache(Path(args.cache_dir), encoders, size) for size in buckets.sizes]
         for cache, rows in zip(caches, buckets.members):
             cache.fill(dataset, args.train_batch_size, rows)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ip_adapter.charts import BLUE, ORANGE, Curve, chart
 from ldm.errors import UserError
+from ldm.parallel import tied_to_parent
 
 COLUMNS = (("task", 16), ("version", 7), ("size", 9), ("batch", 5), ("step/s", 8), ("img/s", 8), ("load s", 7),
            ("compile s", 9), ("peak GiB", 8), ("910 step/s", 10), ("910 img/s", 9), ("diffusers", 9), ("ratio", 6))
@@ -27,7 +28,7 @@ class Side:
         # Importing MindSpore sets OMP_NUM_THREADS=1 behind Python's back, and torch would inherit a single thread.
         # `os.environ` is what the user has set.
         self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=os.environ)
+                                        text=True, env=os.environ, preexec_fn=tied_to_parent())
         self.start, self.replies, self.operators = self.reply(), [], None
 
     def __enter__(self) -> Side:

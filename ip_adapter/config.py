@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # command lines read configurations before anything large is 
     from ldm.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parent.parent
+STATE = "train_resume.ckpt"  # of a training, beside what it publishes: all that the next step depends on
 MAX_SIZE = 4096  # pixels of a side that can be asked for
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Iterable, Iterator
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 
 from ip_adapter.build import ImagePromptModel
 from ip_adapter.charts import BLUE, ORANGE, Curve, chart
+from ip_adapter.demo_tasks import Task
 from ip_adapter.drawn_world import (
     NEUTRAL,
     Scene,
@@ -32,27 +32,6 @@ from ldm.model import Control
 
 SHEET_ROWS = 12
 LINES = {"colour": (200, 40, 40), "ground": (40, 150, 60), "shape": BLUE, "both": ORANGE, "iou": ORANGE}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a model is given.
-
-    Attributes:
-        ip_scale: weight of the picture prompt.
-        text: "neutral" (the scripts' default prompt), "caption", or "other ground" (another ground colour alone).
-        controlled: whether the outline is a hint.
-        half: whether only the half with the shape's centre is repainted, of the scene's own picture.
-    """
-
-    ip_scale: float = 1.0
-    text: str = "neutral"
-    controlled: bool = False
-    half: bool = False
-
-
-TASKS = {"image": Task(), "text": Task(0.0, "caption"), "both": Task(0.5, "other ground"),
-         "controlnet": Task(controlled=True), "inpainting": Task(controlled=True, half=True)}
 
 
 class DemoJudge:

@@ -5,7 +5,6 @@ import logging
 
 from ip_adapter.cli import Parser, first_existing, start_logging
 from ip_adapter.families import Family
-from ip_adapter.merge import merge
 
 
 def merge_tool(description: str, family: Family, defaults: dict, argv: list | None = None) -> None:
@@ -31,6 +30,7 @@ def merge_tool(description: str, family: Family, defaults: dict, argv: list | No
     add("--dtype", choices=["float32", "float16"], default="float32", help="precision of what is written")
     args = parser.parse_args(argv)
     start_logging()
+    from ip_adapter.merge import merge  # MindSpore is imported once the flags are found good
     args.base = first_existing(args.base, family.base_flag)
     count = merge(family, **vars(args))
     logging.info("%d tensors merged into %s", count, args.out)

@@ -30,6 +30,8 @@ def run_script(main: Callable[[], None]) -> None:
 def execute(main: Callable[[], None]) -> None:
     """Call `main`; a user's mistake becomes one line and status 2, a signal one line and status 130 or 143.
 
+    A KeyboardInterrupt may carry the number of the signal that it stands for; SIGTERM becomes status 143.
+
     Raises:
         SystemExit: with that status; nothing is raised after success.
     """

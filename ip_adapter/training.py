@@ -1,8 +1,10 @@
 """One training step: the loss, AdamW with loss scale, clipping and averages, compiled together into one graph."""
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
+from typing import Iterator
 
 import mindspore as ms
 import numpy as np
@@ -100,7 +102,8 @@ class AdamW(nn.Cell):
 
     def __init__(self, parameters: dict, config: OptimizerConfig = OptimizerConfig()):
         super().__init__(auto_prefix=False)
-        self.config, self.names = config, sorted(parameters, key=lambda name: parameters[name].size >= PACKED)
+        self.config, self.logs = config, (_logarithm(config.beta1), _logarithm(config.beta2))
+        self.names = sorted(parameters, key=lambda name: parameters[name].size >= PACKED)
         self.parameters = ParameterTuple([parameters[name] for name in self.names])
         self.small = ParameterTuple([parameter for parameter in self.parameters if parameter.size < PACKED])
         self.sizes = tuple(int(parameter.size) for parameter in self.small)
@@ -148,7 +151,7 @@ class AdamW(nn.Cell):
             factor = factor * ops.minimum(c.max_grad_norm / (ops.sqrt(total) + 1e-6), 1.0)
         updates, rate = self.updates + made, learning_rate * made
         # 1 - beta ** updates, without the cancellation it would suffer in float32
-        correct1, correct2 = -ops.expm1(updates * math.log(c.beta1)), -ops.expm1(updates * math.log(c.beta2))
+        correct1, correct2 = -ops.expm1(updates * self.logs[0]), -ops.expm1(updates * self.logs[1])
         beta1, beta2 = 1 - made * (1 - c.beta1), 1 - made * (1 - c.beta2)
         correct1, correct2 = ops.where(finite, correct1, 1.0), ops.where(finite, correct2, 1.0)
         # The operator divides by sqrt(square) + epsilon, the paper by sqrt(square / correct2) + epsilon.
@@ -199,13 +202,15 @@ class AdamW(nn.Cell):
 
         Raises:
             KeyError: an array is missing.
-            ValueError: an array has another shape.
+            ValueError: an array has another shape or type.
         """
         shapes = {f"{kind}.{name}": tuple(parameter.shape) for kind in self._remembers()
                   for name, parameter in zip(self.names, self.parameters)}
         for name, shape in {**shapes, **{number.name: () for number in self._numbers()}}.items():
             if arrays[name].shape != shape:
                 raise ValueError(f"`{name}` has shape {arrays[name].shape}, expected {shape}")
+            if arrays[name].dtype != np.float32:
+                raise ValueError(f"`{name}` is {arrays[name].dtype.name}, expected float32")
         for kind, values in self._remembers().items():
             packed = _packed([arrays[f"{kind}.{name}"] for name in self.names], len(self.small))
             for value, array in zip(values, packed):
@@ -218,6 +223,33 @@ class AdamW(nn.Cell):
     def trained(self) -> dict:
         """Name -> array of what to use and publish: the averages if there are any, else the parameters."""
         return self._by_name(self.average or self.values)
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Within the block the network computes with what `trained` gives; afterwards with the parameters again."""
+        if not self.average:
+            yield
+            return
+        raw = [parameter.asnumpy().copy() for parameter in self.parameters]  # copies: an array may share the memory
+        try:
+            self._set(self.trained().values())
+            yield
+        finally:
+            self._set(raw)
+
+    def _set(self, arrays) -> None:
+        for parameter, array in zip(self.parameters, arrays):
+            parameter.set_data(Tensor(array.copy()))
+
+    def scale_can_fall(self) -> bool:
+        """Whether an overflow lowers the loss scale, so that the next step may do without."""
+        c = self.config
+        return c.scale_window > 0 and c.loss_scale_factor > 1 and float(self.loss_scale.asnumpy()) > 1
+
+
+def _logarithm(beta: float) -> float:
+    """The logarithm of a decay; for 0, of a number so small that its powers are 0 in float32."""
+    return math.log(max(beta, 1e-300))
 
 
 def _remembered(value: float | np.ndarray, name: str) -> Parameter:

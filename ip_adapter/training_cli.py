@@ -18,7 +18,7 @@ from ip_adapter.cli import (
     one_of,
     start_logging,
 )
-from ip_adapter.config import TrainingConfig
+from ip_adapter.config import STATE, TrainingConfig
 from ip_adapter.families import SD15, SDXL, Family
 from ldm.errors import UserError
 from ldm.parallel import Group, join
@@ -29,8 +29,6 @@ TRAINING = {SD15.name: {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "tr
 TIME, TIMES = "%Y.%m.%d-%H:%M:%S", "????.??.??-??:??:??"  # as {time} is written, and as a pattern of files
 TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in (
     "vae", "clip", "unet", "controlnet", "clip_xl", "unet_xl", "controlnet_xl")}
-
-STATE = "train_resume.ckpt"  # beside what is published; all the next step depends on
 
 LIMITS = {  # of numbers among the training settings; all others start at 0
     "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
@@ -54,7 +52,9 @@ def training_script(description: str, family: Family, argv: list | None = None) 
     args = training_parser(description, version, config, versions).parse_args(argv)
     group = start_training(args, family.finetuned)
     from ip_adapter.adapter_training import train_adapter
-    train_adapter(args, config, family, group)
+    from ip_adapter.training_run import own_folder
+    with own_folder(args, group):
+        train_adapter(args, config, family, group)
 
 
 def training_parser(description: str, version: str, config: TrainingConfig, versions: dict,

@@ -6,7 +6,6 @@ functions before anything large is loaded.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -251,6 +250,22 @@ def temporary_folder(parent, prefix: str = ".unfinished.") -> Iterator[Path]:
             _unfinished.remove(made)
 
 
+@contextlib.contextmanager
+def made_folder(folder) -> Iterator[Path]:
+    """A folder, made if missing; what was made and is still empty at the end, or at a signal, is removed again."""
+    folder = Path(folder)
+    made = [folder / f".{os.getpid()}.none"]  # the place of a temporary file, which there is none of
+    try:
+        with _registry:
+            _unfinished.append(made)
+            made += _make_folder(folder)
+        yield folder
+    finally:
+        _remove(made)
+        with _registry:
+            _unfinished.remove(made)
+
+
 def _make_folder(folder: Path) -> list:
     """Make a folder and those above it; returns what was made, innermost first."""
     missing = []
@@ -274,39 +289,3 @@ def remove_unfinished() -> None:
     _registry.acquire(timeout=2)
     for made in list(_unfinished):
         _remove(made)
-
-
-def cache_folder() -> Path | None:
-    """This project's part of the user's cache, which may not exist yet; None where the user has no home."""
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # neither HOME nor an entry in the password file
-        return None
-    return caches / "ip_adapter" if caches.is_absolute() else None
-
-
-@contextlib.contextmanager
-def locked(folder, name: str) -> Iterator[None]:
-    """Keep other processes out of a folder while they ask for the same lock; it dies with its process.
-
-    File systems that know no locks (some network ones) are used without.
-
-    Args:
-        folder: existing folder.
-        name: of the argument or flag, for messages.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{name} {printable(folder)}: another process is writing into this folder; wait for it, or "
-                            "name another folder") from None
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(handle)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from ldm.errors import UserError
 
@@ -96,17 +96,9 @@ def _free_port() -> int:
 def _start_scheduler(meeting: Path) -> None:
     """A process that only introduces the others; it dies with this one, whatever happens."""
     program = "from mindspore import communication; communication.init('mccl')"
-    parent = os.getpid()
-
-    def die_with_parent() -> None:
-        _end_with_parent(signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if os.getppid() != parent:
-            os._exit(1)
-
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "MS_ROLE": "MS_SCHED"},
                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               preexec_fn=die_with_parent, start_new_session=True)
+                               preexec_fn=tied_to_parent(), start_new_session=True)
     unfinished = meeting.with_suffix(".tmp")
     unfinished.write_text(os.environ["MS_SCHED_PORT"])
     unfinished.replace(meeting)
@@ -118,6 +110,19 @@ def _end_with_parent(number: int) -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def tied_to_parent() -> Callable[[], None]:
+    """A `preexec_fn` for a child process that ends with this one, whatever happens, and hears signals itself."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        _end_with_parent(signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a script's own mask, which children would inherit
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
 
 
 def orphaned() -> bool:

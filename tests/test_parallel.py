@@ -76,7 +76,8 @@ def test_two_processes_equal_one_with_twice_the_batch(script, fixture, weights, 
     assert one[0] == two[0] == 0, one[1] + two[1]
     assert two[1].count("4 steps in") == 1  # rank 0 speaks for all
     a, b = (arrays(tmp_path / name / weights / "train_resume.ckpt") for name in ("one", "two"))
-    for name in a:  # AdamW divides by the gradient's size, so where that is near 0 rounding shows in full
+    for name in a.keys() - {"run.checksum"}:
+        # AdamW divides by the gradient's size, so where that is near 0 rounding shows in full.
         kind, apart = name.split(".")[0], np.abs(a[name] - b[name])
         if kind in ("mean", "square"):
             assert apart.max() <= 2e-3 * np.abs(a[name]).max(), name

@@ -12,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
 from ip_adapter.cli import Parser, start_logging  # noqa: E402
-from ip_adapter.merge import convert  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
 
 
@@ -25,6 +24,7 @@ def main(argv: list | None = None) -> None:
                         help="precision of what is written (default: that of the source)")
     args = parser.parse_args(argv)
     start_logging()
+    from ip_adapter.merge import convert  # MindSpore is imported once the flags are found good
     logging.info("%d tensors converted into %s", convert(args.source, args.out, args.dtype), args.out)
 
 

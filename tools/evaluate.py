@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
     Parser,
     add_config_flags,
@@ -25,15 +24,10 @@ from ip_adapter.cli import (  # noqa: E402
     one_of,
     start_logging,
 )
-from ip_adapter.clip_score import open_scorer, own_scorer  # noqa: E402
 from ip_adapter.config import InferenceConfig  # noqa: E402
-from ip_adapter.dataset import ImageTextDataset  # noqa: E402
-from ip_adapter.evaluation import Evaluation  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
 from ip_adapter.inference_cli import EITHER, INFERENCE_SDXL  # noqa: E402
-from ip_adapter.results_folder import own_folder  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
-from ldm.device import default_dtype, start_device  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
@@ -65,12 +59,18 @@ def main(argv: list | None = None) -> None:
     add_device_flags(parser, "0 on Ascend, 1 on the CPU")
     args = parser.parse_args(argv)
     start_logging(args.log_level)
+    from ip_adapter.results_folder import own_folder
     with own_folder(args.out, "--out"):
         logging.info("%s", evaluate(args, config))
 
 
 def evaluate(args: argparse.Namespace, config: InferenceConfig) -> str:
-    """Make and score the pictures; returns the table."""
+    """Make and score the images; returns the table. MindSpore is imported here, once the flags are found good."""
+    from ip_adapter.build import ExtraParts, build_model
+    from ip_adapter.clip_score import open_scorer, own_scorer
+    from ip_adapter.dataset import ImageTextDataset
+    from ip_adapter.evaluation import Evaluation
+    from ldm.device import default_dtype, start_device
     dataset = ImageTextDataset(args.images, args.size, max_broken=args.max_broken, flag="--images")
     weights = args.ckpt_path or default_checkpoint(args.version, config)
     evaluation = Evaluation(args, weights, dataset)

@@ -14,10 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
-from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import (  # noqa: E402
     Parser,
     add_config_flags,
@@ -29,11 +26,9 @@ from ip_adapter.cli import (  # noqa: E402
     start_logging,
 )
 from ip_adapter.config import InferenceConfig  # noqa: E402
-from ip_adapter.demo_evaluation import TASKS, DemoJudge, figure_curves  # noqa: E402
+from ip_adapter.demo_tasks import TASKS  # noqa: E402
 from ip_adapter.inference_cli import DEMOS  # noqa: E402
-from ip_adapter.results_folder import own_folder, save_image, writing  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
-from ldm.device import default_dtype, start_device  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import write_text  # noqa: E402
 
@@ -62,6 +57,9 @@ def main(argv: list | None = None) -> None:
     if len(several) == 2:
         raise UserError("--ckpt_path and --ip_adapter name several files both; the curve is of one of them")
     steps = sorted((step_of(path, flag), path) for flag in several for path in getattr(args, flag))
+    from ip_adapter.demo_evaluation import figure_curves  # MindSpore is imported once the flags are found good
+    from ip_adapter.results_folder import own_folder, save_image, writing
+    from ldm.device import start_device
     with own_folder(args.out, "--out"):
         start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
         if not several:
@@ -75,6 +73,13 @@ def main(argv: list | None = None) -> None:
 
 def judged(args: argparse.Namespace, config: InferenceConfig, folder: Path) -> dict:
     """Make the pictures of every task, write sheets and figures into the folder, print the table: task -> figures."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    from ip_adapter.build import ExtraParts, build_model
+    from ip_adapter.demo_evaluation import DemoJudge
+    from ip_adapter.results_folder import save_image, writing
+    from ldm.device import default_dtype
     tasks = args.task or list(TASKS)
     controlled = any(TASKS[task].controlled for task in tasks)
     weights, adapter = ((getattr(args, flag) or [None])[0] for flag in ("ckpt_path", "ip_adapter"))

@@ -4,22 +4,21 @@ python tools/train_demo.py --part vae --data_path datasets/drawn_world
 """
 from __future__ import annotations
 
+import argparse
+import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.build import ExtraParts, build_model  # noqa: E402
 from ip_adapter.cli import config_from, existing_file, first_existing  # noqa: E402
 from ip_adapter.config import TrainingConfig  # noqa: E402
-from ip_adapter.dataset import ImageTextDataset  # noqa: E402
-from ip_adapter.demo_training import STAGES, demo_start  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
-from ip_adapter.stream import Loader, Stream  # noqa: E402
-from ip_adapter.training import AdamW, TrainStep  # noqa: E402
 from ip_adapter.training_cli import TRAINING_DEMO, start_training, training_parser  # noqa: E402
-from ip_adapter.training_run import TrainingRun, optimizer_config  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.parallel import Group  # noqa: E402
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list | None = None) -> None:
@@ -34,9 +33,25 @@ def main(argv: list | None = None) -> None:
         raise UserError("--buckets and --recompute are for adapters; the demo model is trained without them")
     if args.open_clip_vit and args.pretrained_model_path:
         raise UserError("--open_clip_vit is for seeded weights; leave out --pretrained_model_path")
-    (family, stage_of), name = STAGES[part], f"ckpt/{part}-{{}}"
+    name = f"ckpt/{part}-{{}}"
     group = start_training(args, name)
+    from ip_adapter.training_run import own_folder
+    with own_folder(args, group):
+        train_part(args, config, part, name, group)
 
+
+def train_part(args: argparse.Namespace, config: TrainingConfig, part: str, name: str, group: Group) -> None:
+    """Train a part of the demo model; files are published as `name` in the output folder, {} being the step.
+
+    MindSpore is imported here, once the flags are found good.
+    """
+    from ip_adapter.build import ExtraParts, build_model
+    from ip_adapter.dataset import ImageTextDataset
+    from ip_adapter.demo_training import STAGES, demo_start
+    from ip_adapter.stream import Loader, Stream
+    from ip_adapter.training import AdamW, TrainStep
+    from ip_adapter.training_run import TrainingRun, optimizer_config
+    family, stage_of = STAGES[part]
     dataset = ImageTextDataset(args.data_path, args.image_size, args.random_crop, args.max_broken)
     # Encoders learn from what is alike within a batch, so their rows keep the order they were drawn in (--alike).
     stream = Stream(len(dataset), args.train_batch_size, args.seed, group.size, group.rank,
@@ -46,6 +61,7 @@ def main(argv: list | None = None) -> None:
     else:
         weights = Path(args.output_path) / "start.ckpt"
         demo_start(weights, args.seed, family, args.open_clip_vit)
+    log.info("loading the model %s", weights)
     model = build_model(weights, config.model, args.dtype, ExtraParts(vae=args.vae), train_adapter=True,
                         family=family)
     stage = stage_of(model, dataset, args)

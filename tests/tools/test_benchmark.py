@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from ip_adapter.benchmark import SETTINGS, TASKS, prepare, setting_of
+from ip_adapter.benchmark import prepare
 from ip_adapter.benchmark_rows import Side, plot
+from ip_adapter.benchmark_settings import SETTINGS, TASKS, setting_of
 from ip_adapter.config import InferenceConfig, ModelConfig
 from tests.conftest import ROOT, shell
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ROOT, InferenceConfig, load_config
-from ip_adapter.demo_evaluation import TASKS, DemoJudge, figure_curves
+from ip_adapter.demo_evaluation import DemoJudge, figure_curves
+from ip_adapter.demo_tasks import TASKS
 from ip_adapter.drawn_world import draw
 from tests.conftest import shell
 
