@@ -19,6 +19,8 @@ def main(argv: list | None = None) -> None:
     from ip_adapter.cli import config_from
     from ip_adapter.families import SDXL
     from ip_adapter.inference_cli import INFERENCE_SDXL, add_edm_flags, inference_args, inference_parser, start
+    from ip_adapter.metadata import with_png
+    argv = with_png(argv, "controlnet_sdxl.py")
     version, config = config_from(argv, INFERENCE_SDXL)
     parser = inference_parser(__doc__, version, config, controlled=True, family=SDXL)
     add_edm_flags(parser, config)

@@ -26,6 +26,8 @@ def main(argv: list | None = None) -> None:
         inference_parser,
         start,
     )
+    from ip_adapter.metadata import with_png
+    argv = with_png(argv, "image_inpainting_sd.py")
     version, config = config_from(argv, INFERENCE_SD)
     parser = inference_parser(__doc__, version, config, other_names=REFERENCE_NAMES)
     add_image(parser, "--ref_img", config.ref_img, "the image to repaint; its size is that of the output")

@@ -25,6 +25,8 @@ def main(argv: list | None = None) -> None:
         inference_parser,
         start,
     )
+    from ip_adapter.metadata import with_png
+    argv = with_png(argv, "image_to_image_sd.py")
     version, config = config_from(argv, INFERENCE_SD)
     parser = inference_parser(__doc__, version, config, other_names=IMAGE_NAMES)
     add_image(parser, "--ref_img", config.ref_img, "the image to change; its size is that of the output")

@@ -30,6 +30,8 @@ def main(argv: list | None = None) -> None:
         inference_parser,
         start,
     )
+    from ip_adapter.metadata import with_png
+    argv = with_png(argv, "image_variation_sdxl.py")
     version, config = config_from(argv, INFERENCE_SDXL)
     parser = inference_parser(__doc__, version, config, family=SDXL, other_names={**REFERENCE_NAMES, **PROMPT_NAMES})
     add_edm_flags(parser, config)

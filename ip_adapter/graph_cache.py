@@ -30,7 +30,7 @@ from ldm.files import cache_folder, printable, reason, temporary_folder, write_t
 DATA_FLAGS = {"img", "prompt", "negative_prompt", "data_path", "negative_data_path", "ip_scale", "scale", "seed",
               "latents", "ref_img", "ref_mask", "invert_mask", "paste_original", "mask_blur", "control_image", "config",
               "ckpt_path", "ip_adapter", "vae", "n_iter", "output_path", "skip_save", "skip_grid", "log_level",
-              "graph_cache"}
+              "graph_cache", "from_png", "script", "given"}
 # Where any of these is given, the number of steps decides which graph is called when.
 STEP_FLAGS = "guidance_start", "guidance_end", "deep_every", "control_image"
 # So many kinds of runs are kept, those used last: 45 MB each for SD-1.5. What a killed run has left goes after a day.

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import math
 import time
@@ -16,13 +15,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from gm.conditioner import Sizes
-from ip_adapter import __version__
 from ip_adapter.build import ImagePromptModel, build_model
 from ip_adapter.config import InferenceConfig
 from ip_adapter.families import SDXL
 from ip_adapter.graph_cache import RunGraphs, run_graphs, use_graphs
 from ip_adapter.inputs import Hint, Inputs, timesteps_between
-from ip_adapter.pictures import file_sha256, grid, save_png
+from ip_adapter.metadata import Metadata, as_typed
+from ip_adapter.pictures import grid, save_png
 from ip_adapter.weights import default_weights, extra_parts
 from ldm.device import default_mode
 from ldm.errors import UserError
@@ -30,11 +29,7 @@ from ldm.model import Shortcuts
 
 log = logging.getLogger(__name__)
 
-# Flags of single tasks that the metadata names where they are given.
-OWN_FLAGS = ("guider", "discretization", "orig_height", "orig_width", "crop_coords_top", "crop_coords_left",
-             "target_height", "target_width", "latents", "ref_img", "ref_mask", "strength", "invert_mask",
-             "paste_original", "mask_blur", "control_image", "control_scale", "control_start", "control_end", "canny",
-             "guidance_start", "guidance_end", "deep_every")
+MAX_LATENT = 1000  # of noise of unit variance; far more overflows float16 and makes a flat image
 # From so many positions of latents on, over all steps, graphs of denoiser and decoder save more time on the CPU than
 # they take to compile: half a minute for SD-1.5, one for SDXL, and a third of each step. Eight guided steps of 512x512
 # have them.
@@ -95,8 +90,12 @@ class Run:
         if self.latents is not None and len(self.latents) != self.total:
             raise UserError(f"--latents {args.latents}: holds {len(self.latents)} starting points, expected "
                             f"{self.total} (--n_samples x --n_iter x prompts)")
+        files = {"ckpt_path": [weights], "ip_adapter": [args.ip_adapter], "vae": [args.vae],
+                 "controlnet": args.controlnet}
+        self.metadata = Metadata(args, model_name, {flag: [path for path in paths if path]
+                                                    for flag, paths in files.items()})
         self.conditions: list = []
-        self.compiled, self.graphs = False, None
+        self.compiled, self.graphs, self.last_grid = False, None, None
         self.made, self.steps, self.sampling_seconds, self.started = 0, 0, 0.0, time.time()
 
     def _default_samples(self) -> int:
@@ -149,6 +148,10 @@ class Run:
         last = len(self.pairs) * self.args.n_iter - 1
         if self.compiled:
             model.diffusion.compile()
+        if self.compiled or self.args.ms_mode == 0 or default_mode() == 0:
+            kept = self.graphs is not None and self.graphs.kept
+            log.info("the first step %s", "takes compiled graphs of an earlier run" if kept else
+                     "compiles graphs, once for this size and model: up to minutes")
         for n, batch in enumerate(self.batches()):
             cond, uncond = (side.repeated(len(batch.seeds)) for side in batch.sides)
             left_out = shortcuts(self.args, self.timesteps)
@@ -188,7 +191,8 @@ class Run:
                 path = save_png(folder / "samples", Image.fromarray(picture), self.settings(batch, seed))
                 log.debug("%s", path)
         if not self.args.skip_grid:
-            save_png(folder, grid(inputs, pictures), self.settings(batch, batch.seeds[0]), "grid-{:05d}.png")
+            self.last_grid = save_png(folder, grid(inputs, pictures), self.settings(batch, batch.seeds[0]),
+                                      "grid-{:05d}.png")
         self.made += len(pictures)
 
     def _save_hints(self, hints: list[Hint]) -> None:
@@ -198,25 +202,9 @@ class Run:
             if hint.made and not self.args.skip_save:
                 save_png(Path(self.args.output_path), hint.picture, settings, "canny-{:05d}.png")
 
-    @functools.cached_property
-    def fingerprints(self) -> dict:
-        """Names and sha256 of all weights; taken once, for beside a file in a read-only folder it cannot be noted."""
-        files = {"weights": [self.weights], "ip_adapter": [self.args.ip_adapter], "vae": [self.args.vae],
-                 "controlnet": self.args.controlnet}
-        given = {flag: [path for path in paths if path] for flag, paths in files.items()}
-        return {key: value for flag, paths in given.items() if paths for key, value in (
-            (flag, ", ".join(path.name for path in paths)),
-            (f"{flag}_sha256", ", ".join(file_sha256(path) for path in paths)))}
-
     def settings(self, batch: Batch, seed: int) -> dict:
-        """What repeats a picture, as text metadata."""
-        a = self.args
-        own = {flag: as_typed(getattr(a, flag)) for flag in OWN_FLAGS if getattr(a, flag, None) not in (None, [])}
-        return {"prompt": batch.prompt, "negative_prompt": batch.negative_prompt, "seed": seed,
-                "steps": a.sampling_steps, "guidance_scale": a.scale, "ip_scale": a.ip_scale,
-                "sampler": getattr(a, "sampler", "DDIM"), "size": f"{a.W}x{a.H}", "img": a.img, **own,
-                "model": self.name, **self.fingerprints, "dtype": a.dtype,
-                "program": f"IP-Adapter on MindSpore {__version__}"}
+        """What repeats an image, as text metadata."""
+        return self.metadata.of(batch.prompt, batch.negative_prompt, seed)
 
     def report(self) -> None:
         """One line: where the pictures are, and how long they took."""
@@ -224,8 +212,9 @@ class Run:
         rate = self.steps / self.sampling_seconds if self.sampling_seconds else 0.0
         nothing = self.args.skip_save and self.args.skip_grid
         where = "nowhere (--skip_save --skip_grid)" if nothing else self.args.output_path
-        log.info("%d pictures in %s: %.1f s, %.2f step/s, %.3f img/s", self.made, where, seconds, rate,
-                 self.made / seconds)
+        what = "1 image" if self.made == 1 else f"{self.made} images"
+        log.info("%s in %s: %.1f s, %.2f step/s, %.3f img/s%s", what, where, seconds, rate, self.made / seconds,
+                 f"; all together in {self.last_grid}" if self.last_grid else "")
 
 
 def open_run(args: argparse.Namespace, config: InferenceConfig, inputs: Inputs, timesteps: np.ndarray) -> tuple:
@@ -237,6 +226,7 @@ def open_run(args: argparse.Namespace, config: InferenceConfig, inputs: Inputs, 
     extra = extra_parts(args)
     weights = default_weights(args, config, args.family, controlled=None in extra.controlnets)
     run = Run(args, config.name, weights, timesteps)
+    log.info("loading %s", weights)
     model = build_model(weights, config.model, args.dtype, extra, staged=True, family=args.family)
     if args.family is SDXL:
         model.diffusion.sizes = picture_sizes(args)
@@ -259,19 +249,12 @@ def picture_sizes(args: argparse.Namespace) -> Sizes:
                  (args.target_height or args.H, args.target_width or args.W))
 
 
-def as_typed(value) -> str:
-    """The value of a flag as text; of a repeated flag all its values, with commas between them."""
-    if not isinstance(value, list):
-        return str(value)
-    return ", ".join(" ".join(map(str, one)) if isinstance(one, list) else str(one) for one in value)
-
-
 def prompt_pairs(args: argparse.Namespace) -> tuple:
     """Prompts and negative prompts of a run, equally many."""
     prompts = read_lines(args.data_path, "--data_path") if args.data_path else [args.prompt]
     negatives = [args.negative_prompt]
     if args.negative_data_path:
-        negatives = read_lines(args.negative_data_path, "--negative_data_path")
+        negatives = read_lines(args.negative_data_path, "--negative_data_path", blank=True)
     if len(negatives) == 1:
         negatives = negatives * len(prompts)
     if len(negatives) != len(prompts):
@@ -280,15 +263,17 @@ def prompt_pairs(args: argparse.Namespace) -> tuple:
     return prompts, negatives
 
 
-def read_lines(path: Path, flag: str) -> list:
-    """The lines of a UTF-8 text file that are not blank."""
+def read_lines(path: Path, flag: str, blank: bool = False) -> list:
+    """The lines of a UTF-8 text file; those that are blank only with `blank`, as empty texts."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        text = path.read_text(encoding="utf-8-sig").replace("\0", "")
     except UnicodeDecodeError:
         raise UserError(f"{flag} {path}: is not UTF-8 text; expected one prompt a line") from None
+    # Not splitlines: U+2028 and its like may stand within a prompt.
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if not any(lines):
         raise UserError(f"{flag} {path}: holds no prompt; expected one a line")
-    return [line for line in lines if line]
+    return [line for line in lines if line or blank]
 
 
 def read_latents(path: Path, shape: tuple) -> np.ndarray:
@@ -302,6 +287,8 @@ def read_latents(path: Path, shape: tuple) -> np.ndarray:
         found = f"{latents.dtype} {latents.shape}" if is_array else "an archive"
         raise UserError(f"--latents {path}: holds {found}, expected float32 (n, {', '.join(map(str, shape))}); "
                         "see --H and --W")
-    if not np.isfinite(latents).all():
-        raise UserError(f"--latents {path}: holds NaN or infinite values")
+    greatest = np.abs(latents).max(initial=0)
+    if not greatest <= MAX_LATENT:  # also where it is NaN
+        raise UserError(f"--latents {path}: holds values up to {greatest:.3g}; expected noise of unit variance, "
+                        "without NaN or infinite values")
     return latents.astype(np.float32)

@@ -10,6 +10,7 @@ from mindspore import Tensor, nn, ops
 
 from ldm.ddim import sample_ddim
 from ldm.device import finished
+from ldm.errors import UserError
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.controlnet import ControlNet
@@ -172,10 +173,17 @@ class LatentDiffusion:
         return ops.split(moments, moments.shape[1] // 2, 1)[0] * self.scale_factor
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """(B, 4, h, w) scaled latents -> (B, 8 h, 8 w, 3) uint8 RGB, one picture at a time to bound memory."""
+        """(B, 4, h, w) scaled latents -> (B, 8 h, 8 w, 3) uint8 RGB, one picture at a time to bound memory.
+
+        Raises:
+            UserError: an image is not finite.
+        """
         pictures, decoder = [], self.decoder or self.vae
         for latent in latents.asnumpy():
             image = decoder(Tensor(latent[None] / np.float32(self.scale_factor))).asnumpy()[0]
+            if not np.isfinite(image).all():
+                raise UserError("the model made NaN or infinite values instead of an image; in float16 they overflow, "
+                                "so try `dtype` float32, else look for damaged weights or extreme scales")
             pixels = np.clip(image.transpose(1, 2, 0) / 2 + 0.5, 0, 1) * 255
             pictures.append(np.round(pixels).astype(np.uint8))
         return np.stack(pictures)

@@ -61,7 +61,7 @@ def test_settings_and_seeds(words, tmp_path, outcome):
     first, second, again = pictures(tmp_path)
     assert first.shape == (64, 72, 3) and psnr(second, again) > 70 and psnr(first, second) < 30
     text = Image.open(tmp_path / "samples" / "00001.png").text
-    assert (text["sampler"], text["guider"], text["guidance_scale"]) == ("EulerEDMSampler", "VanillaCFG", "5.0")
+    assert (text["sampler"], text["guider"], text["scale"]) == ("EulerEDMSampler", "VanillaCFG", "5.0")
     assert text["discretization"] == "DiffusersDDPMDiscretization" and text["model"] == "SDXL-base-1.0"
 
 
