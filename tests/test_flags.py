@@ -1,4 +1,4 @@
-"""Every flag of every script and tool, taken from the parsers themselves, with values that it must refuse in one line."""
+"""Every flag of every script and tool, from the parsers themselves, with values that it must refuse in one line."""
 from __future__ import annotations
 
 import argparse
