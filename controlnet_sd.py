@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 
     from ip_adapter.config import InferenceConfig
 
+SCRIPT = "controlnet_sd.py"
+
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, then make the images."""
-    from ip_adapter.cli import config_from
-    from ip_adapter.inference_cli import INFERENCE_SD, inference_args, inference_parser, start
-    from ip_adapter.metadata import with_png
-    argv = with_png(argv, "controlnet_sd.py")
-    version, config = config_from(argv, INFERENCE_SD)
-    args = inference_args(inference_parser(__doc__, version, config, controlled=True), argv)
+    from ip_adapter.inference_cli import INFERENCE_SD, inference_args, inference_config, inference_parser, start
+    version, config = inference_config(argv, INFERENCE_SD, SCRIPT)
+    args = inference_args(inference_parser(__doc__, version, config, controlled=True), argv, SCRIPT)
     start(args)
     make(args, config)
 

@@ -13,18 +13,24 @@ if TYPE_CHECKING:
 
     from ip_adapter.config import InferenceConfig
 
+SCRIPT = "controlnet_sdxl.py"
+
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, then make the images."""
-    from ip_adapter.cli import config_from
     from ip_adapter.families import SDXL
-    from ip_adapter.inference_cli import INFERENCE_SDXL, add_edm_flags, inference_args, inference_parser, start
-    from ip_adapter.metadata import with_png
-    argv = with_png(argv, "controlnet_sdxl.py")
-    version, config = config_from(argv, INFERENCE_SDXL)
+    from ip_adapter.inference_cli import (
+        INFERENCE_SDXL,
+        add_edm_flags,
+        inference_args,
+        inference_config,
+        inference_parser,
+        start,
+    )
+    version, config = inference_config(argv, INFERENCE_SDXL, SCRIPT)
     parser = inference_parser(__doc__, version, config, controlled=True, family=SDXL)
     add_edm_flags(parser, config)
-    args = inference_args(parser, argv)
+    args = inference_args(parser, argv, SCRIPT)
     start(args)
     make(args, config)
 

@@ -13,29 +13,30 @@ if TYPE_CHECKING:
 
     from ip_adapter.config import InferenceConfig
 
+SCRIPT = "image_inpainting_sd.py"
+
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, then make the images."""
-    from ip_adapter.cli import config_from, in_range
+    from ip_adapter.cli import in_range
     from ip_adapter.inference_cli import (
         INFERENCE_SD,
         REFERENCE_NAMES,
         add_image,
         add_mask_flags,
         inference_args,
+        inference_config,
         inference_parser,
         start,
     )
-    from ip_adapter.metadata import with_png
-    argv = with_png(argv, "image_inpainting_sd.py")
-    version, config = config_from(argv, INFERENCE_SD)
+    version, config = inference_config(argv, INFERENCE_SD, SCRIPT)
     parser = inference_parser(__doc__, version, config, other_names=REFERENCE_NAMES)
     add_image(parser, "--ref_img", config.ref_img, "the image to repaint; its size is that of the output")
     add_image(parser, "--ref_mask", config.ref_mask, "what to repaint: white; black is kept")
     parser.add_argument("--strength", type=in_range(float, 0, 1), default=0.7,
                         help="how much is changed: this part of the steps is run; 1 starts from noise alone")
     add_mask_flags(parser)
-    args = inference_args(parser, argv)
+    args = inference_args(parser, argv, SCRIPT)
     start(args)
     make(args, config)
 

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
     from ip_adapter.config import InferenceConfig
 
+SCRIPT = "image_variation_sdxl.py"
+
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, then make the images."""
-    from ip_adapter.cli import config_from, existing_file, in_range
+    from ip_adapter.cli import existing_file, in_range
     from ip_adapter.families import SDXL
     from ip_adapter.inference_cli import (
         INFERENCE_SDXL,
@@ -27,12 +29,11 @@ def main(argv: list | None = None) -> None:
         add_edm_flags,
         add_mask_flags,
         inference_args,
+        inference_config,
         inference_parser,
         start,
     )
-    from ip_adapter.metadata import with_png
-    argv = with_png(argv, "image_variation_sdxl.py")
-    version, config = config_from(argv, INFERENCE_SDXL)
+    version, config = inference_config(argv, INFERENCE_SDXL, SCRIPT)
     parser = inference_parser(__doc__, version, config, family=SDXL, other_names={**REFERENCE_NAMES, **PROMPT_NAMES})
     add_edm_flags(parser, config)
     add = parser.add_argument_group("reference").add_argument
@@ -41,7 +42,7 @@ def main(argv: list | None = None) -> None:
     add("--strength", type=in_range(float, 0, 1),
         help="how much of it is changed: this part of the steps is run (default: 0.6, with --ref_mask 0.7)")
     add_mask_flags(parser)
-    args = inference_args(parser, argv)
+    args = inference_args(parser, argv, SCRIPT)
     if args.ref_img is None and (args.ref_mask or args.strength is not None):
         raise UserError(f"{'--ref_mask' if args.ref_mask else '--strength'} has nothing to act on; give --ref_img FILE")
     if args.ref_img and args.strength is None:

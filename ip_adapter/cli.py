@@ -54,26 +54,24 @@ class Parser(argparse.ArgumentParser):
         description: of the script, whose examples stay on lines of their own.
         other_names: flags that other tools know -> those of this parser; they are taken without being listed one by
             one. Hyphens may stand for underscores everywhere.
+        add_help: whether there is `-h`.
 
     Attributes:
         given: the destinations of the flags on the command line, once it is parsed.
     """
 
-    def __init__(self, description: str, other_names: dict | None = None):
+    def __init__(self, description: str, other_names: dict | None = None, add_help: bool = True):
         self.other_names, self.given = other_names or {}, ()
         also = f"Also taken, with hyphens or underscores: {', '.join(self.other_names)}." if other_names else None
         super().__init__(description=description, allow_abbrev=False, formatter_class=_Help, epilog=also,
-                         usage="%(prog)s [flags]")
+                         usage="%(prog)s [flags]", add_help=add_help)
 
     def error(self, message: str):
         """Print one line and leave with status 2."""
         self.exit(2, f"{self.prog}: error: {printable(' '.join(message.split()))} (-h lists all flags)\n")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse, but defaults are checked too, and an unknown flag is answered with what may be meant.
-
-        Of a parser that has a default for `own_process`, that says whether the flags are those of this process.
-        """
+        """As argparse, but defaults are checked too, and an unknown flag is answered with what may be meant."""
         for action in self._actions:
             if action.type and isinstance(action.default, (int, float)):  # a configuration file's, not yet checked
                 try:
@@ -88,8 +86,6 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             self.error(f"unexpected argument {word!r}; put texts with spaces in quotes")
         self._note_given(words)
-        if "own_process" in known:
-            known.own_process = args is None
         return known
 
     def own_names(self, words) -> list:
@@ -224,10 +220,9 @@ def config_from(argv: list | None, versions: dict, schema: type = InferenceConfi
     Returns:
         The version's name and the configuration.
     """
-    early = Parser(description="")
+    early = Parser("", add_help=False)
     add_config_flags(early, next(iter(versions)), versions, flag)
-    args, _ = early.parse_known_args([word for word in (sys.argv[1:] if argv is None else argv)
-                                      if word not in ("-h", "--help")])
+    args, _ = early.parse_known_args(sys.argv[1:] if argv is None else argv)
     return args.version, load_config(schema, args.config or ROOT / "configs" / versions[args.version])
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import Callable
 
@@ -13,6 +14,7 @@ from ip_adapter.cli import (
     add_device_flags,
     boolean,
     checkpoint_file,
+    config_from,
     existing_file,
     in_range,
     multiple_of_8,
@@ -23,6 +25,7 @@ from ip_adapter.cli import (
 )
 from ip_adapter.config import ROOT, InferenceConfig
 from ip_adapter.families import SD15, SDXL, Family
+from ip_adapter.metadata import with_png
 from ldm.errors import UserError
 
 # Configuration files by --version.
@@ -192,16 +195,27 @@ def add_control_flags(parser: Parser, config: InferenceConfig, required: bool) -
     parser.set_defaults(default_hints=[Path(ROOT / default)] if default else [])
 
 
-def inference_args(parser: Parser, argv: list | None) -> argparse.Namespace:
+def inference_config(argv: list | None, versions: dict, script: str) -> tuple:
+    """As `config_from`, of an inference script; `--from_png` may name the version."""
+    return config_from(with_png(_words(argv), script), versions)
+
+
+def inference_args(parser: Parser, argv: list | None, script: str) -> argparse.Namespace:
     """Parse the flags of an inference script, those of the image that --from_png names included.
 
     Args:
         parser: of the script.
         argv: the words of the command line, None for those of this process.
+        script: its name.
     """
-    args = parser.parse_args(argv)
-    args.script, args.given = parser.prog, [action for action in parser._actions if action.dest in parser.given]
+    args = parser.parse_args(with_png(parser.own_names(_words(argv)), script))
+    args.own_process, args.script = argv is None, script
+    args.given = [action for action in parser._actions if action.dest in parser.given]
     return args
+
+
+def _words(argv: list | None) -> list:
+    return sys.argv[1:] if argv is None else [str(word) for word in argv]
 
 
 def start(args: argparse.Namespace) -> None:

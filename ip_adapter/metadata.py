@@ -61,8 +61,9 @@ class Metadata:
     def _command(self, args: dict) -> str:
         words = [word for action in args["given"] if action.dest not in NOT_REPEATED
                  for word in flag_words(action, args[action.dest])]
-        return shlex.join(["python", args["script"], *words, "--prompt", args["prompt"], "--negative_prompt",
-                           args["negative_prompt"], "--seed", str(args["seed"]), "--n_samples", "1"])
+        return shlex.join(["python", args["script"], *words, *text_words("--prompt", args["prompt"]),
+                           *text_words("--negative_prompt", args["negative_prompt"]), "--seed", str(args["seed"]),
+                           "--n_samples", "1"])
 
     def _parameters(self, args: dict) -> str:
         """The settings as A1111 writes them, for the tools that read that."""
@@ -89,50 +90,52 @@ def flag_words(action: argparse.Action, value: Any) -> list:
     flag = action.option_strings[0]
     if action.nargs == 0:
         return [flag] if value else []
-    values = value if isinstance(action, argparse._AppendAction) else [value]
-    return [word for one in values for word in (flag, *([as_typed(part) for part in one] if isinstance(one, list)
-                                                        else [as_typed(one)]))]
+    return [word for one in (value if isinstance(action, argparse._AppendAction) else [value])
+            for word in ([flag, *map(as_typed, one)] if isinstance(one, list) else text_words(flag, as_typed(one)))]
 
 
-def with_png(argv: list | None, script: str) -> list | None:
-    """The words of a command line with those that made the image of `--from_png` in front of them.
+def text_words(flag: str, text: str) -> list:
+    """A flag and its text, so joined that a text is never taken for a flag."""
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def with_png(words: list, script: str) -> list:
+    """The words of a command line, and before them those that made the image of `--from_png`, if it is given.
 
     Args:
-        argv: the words, None for those of this process.
-        script: the name of this script.
+        words: of the command line; flags in them count instead of those of the image.
+        script: the name of the script they are for.
 
     Raises:
         UserError: the image holds no command, or one of another script.
     """
-    import sys
-    words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-    early = Parser("")
+    early = Parser("", add_help=False)
     early.add_argument("--from_png")
-    found, _ = early.parse_known_args(early.own_names(words))
-    if found.from_png is None:
-        return argv
-    made = _made_by(found.from_png)
-    if made[1] != script:
-        raise UserError(f"--from_png {printable(found.from_png)}: was made by {printable(made[1])}; run that script")
-    given = {word.split("=")[0] for word in words if word.startswith("--")}
-    kept, taken = [], True
-    for word in made[2:]:
+    path = early.parse_known_args(early.own_names(words))[0].from_png
+    if path is None:
+        return words
+    made_by, *made = _command_of(path)
+    if made_by != script:
+        raise UserError(f"--from_png {printable(path)}: was made by {printable(made_by)}; run that script")
+    given, kept, taken = {word.split("=")[0] for word in words if word.startswith("--")}, [], True
+    for word in made:
         if word.startswith("--"):
-            taken = word not in given
+            taken = word.split("=")[0] not in given
         kept += [word] if taken else []
     return [*kept, *words]
 
 
-def _made_by(path: str) -> list:
-    from PIL import Image, UnidentifiedImageError
-    name = f"--from_png {printable(path)}"
+def _command_of(path: str) -> list:
+    """The words that made an image, but for the `python` they begin with."""
+    from PIL import Image
     try:
         with Image.open(check_readable(path, "--from_png", "an image made by this script"), formats=["PNG"]) as image:
-            words = shlex.split(image.text["command"])
-    except (KeyError, UnidentifiedImageError, SyntaxError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: holds no command that made it; expected a PNG that this script has written") from None
-    if len(words) < 2:
-        raise UserError(f"{name}: holds no command that made it; expected a PNG that this script has written")
+            words = shlex.split(image.text["command"])[1:]
+    except UserError:
+        raise
+    except (KeyError, SyntaxError, OSError, ValueError):  # also what Pillow says of a file that is no PNG
+        words = []
+    if not words:
+        raise UserError(f"--from_png {printable(path)}: holds no command that made it; expected a PNG that this script "
+                        "has written")
     return words

@@ -42,16 +42,19 @@ def test_picture_n_depends_on_its_own_seed_only(merged, tmp_path, outcome):
 
 
 def test_settings_files_and_prompt_lists(merged, tmp_path, outcome):
-    (tmp_path / "prompts.txt").write_text("ein Hund 犬 🐶\n\na red circle\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("ein Hund 犬 🐶\n\na red\u2028circle\n", encoding="utf-8")
+    (tmp_path / "not.txt").write_text("\nblurred\n", encoding="utf-8")  # none for the first
     folder = tmp_path / "a folder with spaces"
     status, said = outcome(main, "--weight", merged, "--img", DATA / "input.png", *SMALL, "--num_cols", "1",
-                           "--num_trials", "2", "--data_path", tmp_path / "prompts.txt", "--output_path", folder)
-    assert status == 0 and f"4 pictures in {folder}" in said and "step/s" in said and "img/s" in said
+                           "--num_trials", "2", "--data_path", tmp_path / "prompts.txt",
+                           "--negative_data_path", tmp_path / "not.txt", "--output_path", folder)
+    assert status == 0 and f"4 images in {folder}" in said and "step/s" in said and "img/s" in said
     paths = sorted((folder / "samples").glob("*.png"))
     texts = [Image.open(path).text for path in paths]
-    assert [text["prompt"] for text in texts] == ["ein Hund 犬 🐶"] * 2 + ["a red circle"] * 2
+    assert [text["prompt"] for text in texts] == ["ein Hund 犬 🐶"] * 2 + ["a red\u2028circle"] * 2
+    assert [text["negative_prompt"] for text in texts] == ["", "", "blurred", "blurred"]
     assert [text["seed"] for text in texts] == ["42", "43", "44", "45"]
-    assert texts[0]["steps"] == "2" and texts[0]["sampler"] == "DDIM" and len(texts[0]["weights_sha256"]) == 64
+    assert texts[0]["sampling_steps"] == "2" and len(texts[0]["ckpt_path_sha256"]) == 64
     assert sorted(path.name for path in folder.glob("*.png")) == [f"grid-{n:05d}.png" for n in range(4)]
     assert Image.open(folder / "grid-00000.png").size == (128, 64)
 
@@ -146,6 +149,7 @@ def mistakes(folder, merged, standins) -> dict:
     np.save(folder / "wrong.npy", np.zeros((1, 4, 9, 9), np.float32))
     np.save(folder / "two.npy", np.zeros((2, 4, 8, 8), np.float32))
     np.save(folder / "nan.npy", np.full((1, 4, 8, 8), np.nan, np.float32))
+    np.save(folder / "huge.npy", np.full((1, 4, 8, 8), 1e30, np.float32))
     tensors = arrays(merged)
     some = {name: value for name, value in tensors.items() if "first_stage_model.encoder" not in name}
     save_arrays(folder / "part.ckpt", some)
@@ -185,7 +189,8 @@ def mistakes(folder, merged, standins) -> dict:
         "negatives": (["--negative_data_path", file("three.txt", b"a\nb\nc")], "has 3 lines, expected 1"),
         "latents shape": (["--latents", folder / "wrong.npy"], "--latents .*expected float32 .n, 4, 8, 8."),
         "latents count": (["--latents", folder / "two.npy", "--n_samples", "3"], "holds 2 starting points, expected 3"),
-        "latents nan": (["--latents", folder / "nan.npy"], "holds NaN"),
+        "latents nan": (["--latents", folder / "nan.npy"], "values up to nan; expected noise of unit variance"),
+        "latents huge": (["--latents", folder / "huge.npy"], "values up to 1e\\+30; expected noise"),
         "latents not npy": (["--latents", file("bad.npy", b"no")], "is not a .npy file"),
         "output": (["--output_path", file("taken", b"")], "--output_path.*taken: is not a folder"),
     }
@@ -196,6 +201,15 @@ def test_every_mistake_is_one_line_and_leaves_nothing(merged, standins, tmp_path
     folder.mkdir()
     words = ["--ckpt_path", merged, "--img", DATA / "input.png", *SMALL]
     assert_mistakes(outcome, main, words, mistakes(folder, merged, standins), folder)
+
+
+def test_an_image_that_is_not_finite_is_no_image(merged, tmp_path, outcome, monkeypatch):
+    """As float16 weights that overflow make it; a flat image with status 0 helps nobody."""
+    monkeypatch.setattr("ldm.ddim.sample_ddim", lambda denoise, x, *_: iter([x * float("nan")]))
+    status, said = outcome(main, "--ckpt_path", merged, "--img", DATA / "input.png", *SMALL, "--output_path",
+                           tmp_path / "out")
+    assert status == 2 and "NaN or infinite values instead of an image" in said.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_interruption_is_clean(merged, tmp_path, outcome, monkeypatch):

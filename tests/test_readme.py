@@ -115,7 +115,8 @@ def test_command(workplace, outcome, monkeypatch, command):
     if words[0] == "python":
         monkeypatch.chdir(workplace)
         monkeypatch.setattr(sys, "argv", words[1:])
-        status, said = outcome(lambda _: runpy.run_path(words[1], run_name="__main__"))
+        # Not as "__main__": that would block signals in this process, and so in all that later tests start.
+        status, said = outcome(lambda _: runpy.run_path(words[1])["main"]())
     else:
         result = shell(*words, cwd=workplace)
         status, said = result.returncode, result.stderr
