@@ -6,6 +6,7 @@ functions before anything large is loaded.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -41,10 +42,12 @@ def reason(error: OSError) -> str:
 
 
 def cache_folder() -> Path | None:
-    """Where what can be made again is kept for the user; None where there is no home, as in some containers."""
-    home = os.path.expanduser("~")  # stays as it is without HOME and without an entry in the list of users
-    caches = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if os.path.isabs(home) else None)
-    return Path(caches) / "ip_adapter" if caches else None
+    """This project's part of the user's cache, which may not exist yet; None where the user has no home."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry in the password file
+        return None
+    return caches / "ip_adapter" if caches.is_absolute() else None
 
 
 def check_readable(path, name: str, expected: str = "a file") -> Path:
@@ -289,3 +292,30 @@ def remove_unfinished() -> None:
     _registry.acquire(timeout=2)
     for made in list(_unfinished):
         _remove(made)
+
+
+@contextlib.contextmanager
+def locked(folder, name: str) -> Iterator[None]:
+    """Keep other processes out of a folder while they ask for the same lock; it dies with its process.
+
+    File systems that know no locks (some network ones) are used without.
+
+    Args:
+        folder: existing folder.
+        name: of the argument or flag, for messages.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{name} {printable(folder)}: another process is writing into this folder; wait for it, or "
+                            "name another folder") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
