@@ -4,6 +4,7 @@ Tensors stream from source to target one by one, so memory stays near the larges
 """
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -50,8 +51,14 @@ def base_layouts(tensors: dict, family: Family) -> tuple:
     return tuple(best_layout(tensors, ("token_embedding",), (layout, without_text_model(layout))) for layout in torch)
 
 
-def base_parts(file: CheckpointFile, family: Family, flag: str) -> tuple:
+def base_parts(file: CheckpointFile, family: Family, flag: str, vae: CheckpointFile | None = None) -> tuple:
     """The networks of a base file and where they are in it, checked.
+
+    Args:
+        file: the whole model.
+        family: of the model.
+        flag: that names the file, for messages.
+        vae: holds the autoencoder that replaces the one in `file`, which then may be any or missing.
 
     Returns:
         A patched UNet, not initialised, and the parts UNet without image attention, autoencoder and text encoders, in
@@ -60,23 +67,30 @@ def base_parts(file: CheckpointFile, family: Family, flag: str) -> tuple:
     layouts = base_layouts(file.tensors, family)
     views = [View(file.tensors, layout) for layout in layouts]
     # Head counts change no shape, so any will do for naming.
-    sizes = [unet_config(views[0], num_heads=8), autoencoder_config(views[1])] + [
-        text_config(view, activation) for view, activation in zip(views[2:], family.activations)]
-    found = family_of(file.tensors)
-    if None in sizes or found is not family:
-        what = f"an {found.name} file" if found is not family and sizes[0] else "not a whole model"
-        raise CheckpointError(f"{flag} {file.path}: is {what}, expected {family.base}")
-    check_channels(f"{flag} {file.path}", sizes[0], sizes[1])
+    unet_size, vae_size = unet_config(views[0], num_heads=8), autoencoder_config(views[1])
+    text_sizes = [text_config(view, activation) for view, activation in zip(views[2:], family.activations)]
+    found, where = family_of(file.tensors), f"{flag} {file.path}"
+    needed = [unet_size, *text_sizes] + ([vae_size] if vae is None else [])
+    if None in needed or found is not family:
+        what = f"an {found.name} file" if found is not family and unet_size else "not a whole model"
+        raise CheckpointError(f"{where}: is {what}, expected {family.base}")
+    check_channels(where, unet_size, vae_size if vae is None else None)
     with no_init_parameters():
-        unet, autoencoder = UNetModel(sizes[0]), AutoencoderKL(sizes[1])
-        texts = [CLIPTextTransformer(size) for size in sizes[2:]]
+        unet, texts = UNetModel(unet_size), [CLIPTextTransformer(size) for size in text_sizes]
         patch_cross_attention(unet)
-    shapes = [parameter_shapes(unet, TEXT_ONLY)] + [parameter_shapes(cell) for cell in (autoencoder, *texts)]
+    shapes = [parameter_shapes(unet, TEXT_ONLY)] + [parameter_shapes(text) for text in texts]
     for name in family.carried:
         if name in views[-1]:
             shapes[-1][name] = views[-1].shape(name)
-    parts = [Part(shape, file, layout) for shape, layout in zip(shapes, layouts)]
-    check(parts, allowed=family.merged_extras if layouts is family.mindspore else r"(?!)")
+    parts = [Part(shape, file, layout) for shape, layout in zip(shapes, (layouts[0], *layouts[2:]))]
+    allowed = family.merged_extras if layouts is family.mindspore else r"(?!)"
+    if vae is not None:
+        check(parts, rf"{allowed}|^{re.escape(layouts[1].prefix)}")
+        parts.insert(1, vae_part(vae, unet.config)[1])
+        return unet, parts
+    with no_init_parameters():
+        parts.insert(1, Part(parameter_shapes(AutoencoderKL(vae_size)), file, layouts[1]))
+    check(parts, allowed)
     return unet, parts
 
 
@@ -114,9 +128,7 @@ def merge(family: Family, base, open_clip_vit, ip_adapter, vae, out, controlnet=
             return stack.enter_context(open_checkpoint(path))
 
         base = opened(base)
-        unet, parts = base_parts(base, family, family.base_flag)
-        if vae is not None:
-            parts[1] = vae_part(opened(vae), unet.config)[1]
+        unet, parts = base_parts(base, family, family.base_flag, None if vae is None else opened(vae))
         planned = plan_base(parts, family, dtype)
 
         encoder, encoder_part = image_encoder_part(opened(open_clip_vit))

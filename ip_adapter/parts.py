@@ -133,13 +133,13 @@ OTHER_KINDS = (
 _OTHER_UNETS = {5: "a depth model", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
 
 
-def check_channels(where: str, unet: UNetConfig, vae: AutoencoderConfig) -> None:
+def check_channels(where: str, unet: UNetConfig, vae: AutoencoderConfig | None) -> None:
     """Check that UNet and autoencoder pass each other latents and nothing else.
 
     Args:
         where: flag and file that the message names.
         unet: sizes of the UNet.
-        vae: sizes of the autoencoder.
+        vae: sizes of the autoencoder; None for one that another file replaces.
 
     Raises:
         CheckpointError: the UNet takes more beside the latents, or the autoencoder makes others.
@@ -148,7 +148,7 @@ def check_channels(where: str, unet: UNetConfig, vae: AutoencoderConfig) -> None
         kind = _OTHER_UNETS.get(unet.in_channels, "another kind of model")
         raise CheckpointError(f"{where}: is {kind}, whose UNet takes {unet.in_channels} channels and gives "
                               f"{unet.out_channels}; expected a text-to-image model, with as many in as out")
-    if vae.latent_channels != unet.in_channels:
+    if vae is not None and vae.latent_channels != unet.in_channels:
         kind = " (as those of SD3 and Flux have)" if vae.latent_channels == 16 else ""
         raise CheckpointError(f"{where}: holds an autoencoder with {vae.latent_channels} latent channels{kind}, the "
                               f"UNet takes {unet.in_channels}; give an autoencoder of the same family as the UNet")
