@@ -4,9 +4,12 @@ Tensors stream from source to target one by one, so memory stays near the larges
 """
 from __future__ import annotations
 
+import logging
 import re
+import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from mindspore.nn.utils import no_init_parameters
 from tqdm import tqdm
@@ -14,32 +17,79 @@ from tqdm import tqdm
 from ip_adapter.families import Family, family_of
 from ip_adapter.image_prompt import ImageProjModel
 from ip_adapter.names import IMAGE_ATTENTION, TEXT_ONLY
-from ip_adapter.parts import check_channels, controlnet_part, find_adapter, image_encoder_part, vae_part
+from ip_adapter.parts import (
+    check_channels,
+    controlnet_part,
+    find_adapter,
+    image_encoder_part,
+    kind_of_file,
+    merged_kind,
+    vae_part,
+)
 from ip_adapter.patch import patch_cross_attention
 from ip_adapter.pictures import remember_sha256
 from ldm.architecture import autoencoder_config, text_config, unet_config
 from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes, plan
 from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint, write_checkpoint
+from ldm.files import check_apart, printable
 from ldm.layout import Layout
 from ldm.modules.autoencoder import AutoencoderKL
 from ldm.modules.clip import CLIPTextTransformer
 from ldm.modules.unet import UNetModel
 from ldm.names import without_text_model
 
+log = logging.getLogger(__name__)
 
-def write_plan(out, planned: dict, description: str) -> int:
-    """Write what `plan` describes, with a progress bar, and remember the file's fingerprint.
 
-    Returns:
-        How many tensors were written.
+class Written(NamedTuple):
+    """A file that was written.
+
+    Attributes:
+        path: where.
+        tensors: how many it holds.
     """
+
+    path: Path
+    tensors: int
+
+
+def write_plan(out: Path, planned: dict, description: str, sources: dict) -> Written:
+    """Write what `plan` describes, with a progress bar; a line says which file it replaces.
+
+    The file's sha256 is remembered in the user's cache; nothing but the file is written into its folder.
+
+    Args:
+        out: .ckpt or .safetensors to write.
+        planned: as `plan` returns it.
+        description: of the work, for the progress bar.
+        sources: flag -> file that is read.
+
+    Raises:
+        UserError: `out` is one of the sources.
+    """
+    check_apart(out, "--out", sources)
+    if out.exists():
+        stat = out.stat()
+        log.info("replacing %s (%s; %s, of %s)", printable(out), kind_of_file(out) or "no checkpoint that can be read",
+                 f"{stat.st_size / 1e9:.1f} GB" if stat.st_size >= 1e9 else f"{stat.st_size / 1e6:.1f} MB",
+                 time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime)))
     with tqdm(total=len(planned), desc=description, unit=" tensors", disable=None) as bar:
         def read(name: str):
             bar.update()
             return planned[name][1]()
         digest = write_checkpoint(out, {name: info for name, (info, _) in planned.items()}, read)
-    remember_sha256(Path(out), digest)
-    return len(planned)
+    remember_sha256(out, digest)
+    return Written(out, len(planned))
+
+
+def place_by_kind(out: Path, planned: dict) -> Path:
+    """Where a merged file goes: to `out`, or to NAME.KIND.ckpt in its folder if `out` is a file of another kind."""
+    kind, there = merged_kind({name: info for name, (info, _) in planned.items()}), kind_of_file(out)
+    if there in (None, kind):
+        return out
+    place = out.with_name(f"{out.stem}.{kind.suffix()}{out.suffix}")
+    log.info("%s is kept (%s); this merge (%s) goes to %s", printable(out), there, kind, printable(place.name))
+    return place
 
 
 def base_layouts(tensors: dict, family: Family) -> tuple:
@@ -103,7 +153,7 @@ def plan_base(parts: list, family: Family, dtype: str | None) -> dict:
 
 
 def merge(family: Family, base, open_clip_vit, ip_adapter, vae, out, controlnet=None, skip_ip: bool = False,
-          dtype: str = "float32") -> int:
+          dtype: str = "float32", keep_others: bool = False) -> Written:
     """Merge a base model, an image encoder, an adapter, an autoencoder and a ControlNet into one file.
 
     Args:
@@ -116,13 +166,15 @@ def merge(family: Family, base, open_clip_vit, ip_adapter, vae, out, controlnet=
         controlnet: ControlNet, diffusers' or original names; None for none.
         skip_ip: leave the projector out and let to_k_ip and to_v_ip start as to_k and to_v, to train from scratch.
         dtype: "float32" or "float16".
-
-    Returns:
-        How many tensors were written.
+        keep_others: whether a file at `out` of another kind (image encoder, adapter, ControlNet) is kept, and the
+            merged file named after its kind.
 
     Raises:
         CheckpointError: a file is not what it should be, or two do not fit together.
+        UserError: `out` is one of the files that are read.
     """
+    sources = {family.base_flag: base, "--open_clip_vit": open_clip_vit, "--ip_adapter": ip_adapter, "--vae": vae,
+               "--controlnet": controlnet}
     with ExitStack() as stack:
         def opened(path) -> CheckpointFile:
             return stack.enter_context(open_checkpoint(path))
@@ -151,10 +203,11 @@ def merge(family: Family, base, open_clip_vit, ip_adapter, vae, out, controlnet=
 
         if controlnet is not None:
             planned.update(plan(controlnet_part(opened(controlnet), unet.config, family)[1], family.controlnet, dtype))
-        return write_plan(out, planned, "merging")
+        place = place_by_kind(Path(out), planned) if keep_others else Path(out)
+        return write_plan(place, planned, "merging", sources)
 
 
-def convert(source, out, dtype: str | None = None) -> int:
+def convert(source, out, dtype: str | None = None) -> Written:
     """Rewrite an original torch file of either family under MindSpore names.
 
     Args:
@@ -162,10 +215,11 @@ def convert(source, out, dtype: str | None = None) -> int:
         out: .ckpt or .safetensors to write.
         dtype: "float32", "float16", or None to keep what it has.
 
-    Returns:
-        How many tensors were written.
+    Raises:
+        CheckpointError: the source is no whole model.
+        UserError: `out` is the source.
     """
     with open_checkpoint(source) as file:
         family = family_of(file.tensors)
         _, parts = base_parts(file, family, "--source")
-        return write_plan(out, plan_base(parts, family, dtype), "converting")
+        return write_plan(Path(out), plan_base(parts, family, dtype), "converting", {"--source": source})
