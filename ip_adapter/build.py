@@ -155,7 +155,7 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
         fresh = train_adapter and adapter is base and sizes.proj is None
         if sizes.absent() or family_of(base.tensors) is not family or adapter is base and not (fresh or sizes.proj):
             raise CheckpointError(f"{path}: {why_incomplete(base.tensors, sizes, family)}")
-        check_channels(str(path), sizes.unet, sizes.vae)
+        check_channels(str(path), sizes.unet, None if extra.vae else sizes.vae)
         with no_init_parameters():
             unet = UNetModel(sizes.unet, kind)
             if fresh:
@@ -175,10 +175,11 @@ def build_model(path: Path, config: ModelConfig, dtype: str = "float32", extra: 
             encoders.append((proj, Part(parameter_shapes(proj), adapter, layouts[1])))
         denoising = [(unet, Part(parameter_shapes(unet, TEXT_ONLY), base, unet_layout)),
                      (unet, Part(parameter_shapes(unet, IMAGE_ATTENTION), adapter, layouts[0]))]
-        autoencoder = [(vae, Part(parameter_shapes(vae), base, vae_layout))]
+        autoencoder = [] if extra.vae else [(vae, Part(parameter_shapes(vae), base, vae_layout))]
         # Parts of the merged file that another file stands in for are not read, nor are ControlNets nobody asked for.
         check([part for _, part in encoders + denoising + autoencoder], allowed="|".join(
-            [re.escape(CONTROLNET_PREFIX)] + [family.adapter_names] * (adapter is not base)))
+            [re.escape(CONTROLNET_PREFIX)] + [family.adapter_names] * (adapter is not base)
+            + [rf"^{re.escape(vae_layout.prefix)}"] * bool(extra.vae)))
         if extra.vae:
             vae, part = vae_part(opened(extra.vae), sizes.unet, config.norm_groups, vae_kind)
             autoencoder = [(vae, part)]

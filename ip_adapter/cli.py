@@ -186,6 +186,15 @@ def output_file(text: str) -> Path:
     return _checked(check_writable, text)
 
 
+def output_checkpoint(text: str) -> Path:
+    """An argparse type: a checkpoint that can be written."""
+    path = output_file(text)
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise argparse.ArgumentTypeError(f"{printable(path)} ends in '{printable(path.suffix)}', expected .ckpt or "
+                                         ".safetensors")
+    return path
+
+
 def output_folder(text: str) -> Path:
     """An argparse type: a folder that can be written into or made, tried without leaving anything behind."""
     return _checked(lambda path, name: check_writable(path, name, folder=True), text)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 from mindspore import dtype as mstype
 from mindspore.nn.utils import no_init_parameters
@@ -17,7 +19,7 @@ from ip_adapter.names import IMAGE_ENCODER_TORCH, IMAGE_PROJ_TORCH, image_attent
 from ip_adapter.patch import transformer_blocks
 from ldm.architecture import autoencoder_config, image_config, text_config, unet_config
 from ldm.checkpoint import Part, View, best_layout, check, parameter_shapes
-from ldm.checkpoint_file import CheckpointError, CheckpointFile
+from ldm.checkpoint_file import CheckpointError, CheckpointFile, open_checkpoint
 from ldm.errors import UserError
 from ldm.layout import Layout
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -26,6 +28,7 @@ from ldm.modules.controlnet import ControlNet
 from ldm.modules.unet import UNetConfig, UNetModel
 from ldm.names import (
     CONTROLNET_DIFFUSERS,
+    CONTROLNET_PREFIX,
     CONTROLNET_TORCH,
     UNET_TORCH,
     VAE_ALONE,
@@ -118,6 +121,8 @@ def image_encoder_config(view: View, heads: int = 16, activation: str = "") -> C
 
 
 ENCODERS = {1024: "ViT-H (1024)", 1280: "ViT-bigG (1280)"}
+USUAL_ENCODER = {"SD-1.5": 1024, "SDXL": 1280}  # what the merge tools take by default
+USUAL_TOKENS = 4  # of a plain adapter
 FACE_WIDTH = 512  # of the embedding that insightface makes of a face
 # Files that are taken for adapters, by a name in them.
 OTHER_KINDS = (
@@ -133,13 +138,13 @@ OTHER_KINDS = (
 _OTHER_UNETS = {5: "a depth model", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
 
 
-def check_channels(where: str, unet: UNetConfig, vae: AutoencoderConfig) -> None:
+def check_channels(where: str, unet: UNetConfig, vae: AutoencoderConfig | None) -> None:
     """Check that UNet and autoencoder pass each other latents and nothing else.
 
     Args:
         where: flag and file that the message names.
         unet: sizes of the UNet.
-        vae: sizes of the autoencoder.
+        vae: sizes of the autoencoder; None for one that another file replaces.
 
     Raises:
         CheckpointError: the UNet takes more beside the latents, or the autoencoder makes others.
@@ -148,7 +153,7 @@ def check_channels(where: str, unet: UNetConfig, vae: AutoencoderConfig) -> None
         kind = _OTHER_UNETS.get(unet.in_channels, "another kind of model")
         raise CheckpointError(f"{where}: is {kind}, whose UNet takes {unet.in_channels} channels and gives "
                               f"{unet.out_channels}; expected a text-to-image model, with as many in as out")
-    if vae.latent_channels != unet.in_channels:
+    if vae is not None and vae.latent_channels != unet.in_channels:
         kind = " (as those of SD3 and Flux have)" if vae.latent_channels == 16 else ""
         raise CheckpointError(f"{where}: holds an autoencoder with {vae.latent_channels} latent channels{kind}, the "
                               f"UNet takes {unet.in_channels}; give an autoencoder of the same family as the UNet")
@@ -233,6 +238,62 @@ def kind_of_adapter(tensors: dict) -> str:
         if any(re.search(pattern, name) for name in tensors):
             return kind
     return ""
+
+
+def adapter_width(path: Path) -> int | None:
+    """Width of the image embedding that a plain adapter takes, however its tensors are named; None for other files."""
+    with open_checkpoint(path) as file:
+        shapes = [info.shape for name, info in file.tensors.items()
+                  if re.search(r"(?:^|\.)image_proj(?:_model)?\.proj\.weight$", name)]
+    return shapes[0][1] if shapes and len(shapes[0]) == 2 else None
+
+
+class MergedKind(NamedTuple):
+    """In what merged files differ so that one cannot take the place of the other.
+
+    Attributes:
+        family: its name.
+        encoder: width of the image encoder's embedding; 0 without an image encoder.
+        tokens: that the adapter makes of an image; 0 without a plain adapter.
+        controlnet: whether it holds a ControlNet.
+    """
+
+    family: str
+    encoder: int
+    tokens: int
+    controlnet: bool
+
+    def suffix(self) -> str:
+        """What differs from a merge with the tool's defaults, for a file's name, such as "vit-h.controlnet"."""
+        encoder = ENCODERS.get(self.encoder, f"encoder-{self.encoder}").split()[0].lower()
+        parts = [encoder] if self.encoder != USUAL_ENCODER[self.family] else []
+        if self.tokens != USUAL_TOKENS:
+            parts.append(f"{self.tokens}-tokens" if self.tokens else "no-adapter")
+        return ".".join(parts + ["controlnet"] * self.controlnet) or "plain"
+
+    def __str__(self) -> str:
+        encoder = ENCODERS.get(self.encoder, f"an image encoder of width {self.encoder}")
+        adapter = f"an adapter of {self.tokens} tokens" if self.tokens else "no adapter"
+        return (f"{self.family}, {encoder if self.encoder else 'no image encoder'}, {adapter}, "
+                f"{'a' if self.controlnet else 'no'} ControlNet")
+
+
+def merged_kind(tensors: dict) -> MergedKind:
+    """The kind of a merged file with these tensors, by name."""
+    family = family_of(tensors)
+    encoder = image_encoder_config(View(tensors, family.image_encoder))
+    adapter = image_proj_config(View(tensors, family.image_proj))
+    return MergedKind(family.name, encoder.embed_dim if encoder else 0, adapter.num_tokens if adapter else 0,
+                      any(name.startswith(CONTROLNET_PREFIX) for name in tensors))
+
+
+def kind_of_file(path: Path) -> MergedKind | None:
+    """The kind of a merged file; None where no checkpoint can be read."""
+    try:
+        with open_checkpoint(path) as file:
+            return merged_kind(file.tensors)
+    except CheckpointError:
+        return None
 
 
 def find_adapter(file: CheckpointFile, unet: UNetModel, embed_dim: int, family: Family) -> tuple:

@@ -131,6 +131,22 @@ def check_writable(path, name: str, folder: bool = False) -> Path:
         raise UserError(f"{shown}: cannot be written ({_why(error)}); {advice}") from None
 
 
+def check_apart(path, name: str, sources: dict) -> None:
+    """Refuse to write a file in the place of one that is read, under whatever name.
+
+    Args:
+        path: file to write.
+        name: of the argument or flag, for messages.
+        sources: argument or flag -> file that is read, or None.
+
+    Raises:
+        UserError: it is one of the sources.
+    """
+    for flag, source in sources.items():
+        if source is not None and os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f"{name} {printable(path)}: is the file of {flag}, which is read; name another file")
+
+
 def _why(error: Exception) -> str:
     return reason(error) if isinstance(error, OSError) else str(error)
 

@@ -47,6 +47,10 @@ def bad_values(action: argparse.Action, folder: Path) -> list:
     if action.type in (cli.existing_file, cli.checkpoint_file):
         return [folder / "absent", folder, folder / "pipe", "/dev/null", "", folder / LONG, folder / "file" / "below",
                 os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")]
+    if action.type in (cli.output_file, cli.output_checkpoint):
+        kind = [folder / "weights.bin"] if action.type is cli.output_checkpoint else []
+        return [folder, folder / "pipe", folder / LONG, folder / "file" / "below", folder / "file" / "be" / "low",
+                "/dev/null", "/proc/no/file", "", *kind]
     if action.type is cli.output_folder:
         return [folder / "file", folder / "file" / "below", folder / LONG, "/dev/null", "/proc/no/folder", ""]
     if action.type is cli.boolean:

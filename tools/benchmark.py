@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import logging
-import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -33,11 +32,14 @@ from ip_adapter.cli import (  # noqa: E402
     Parser,
     add_config_flags,
     add_device_flags,
+    checkpoint_file,
     config_from,
     existing_file,
     first_existing,
     in_range,
     multiple_of_8,
+    output_file,
+    output_folder,
     start_logging,
 )
 from ip_adapter.config import ROOT, InferenceConfig, ModelConfig  # noqa: E402
@@ -45,6 +47,7 @@ from ip_adapter.families import SD15, SDXL  # noqa: E402
 from ip_adapter.inference_cli import DEMOS, EITHER, add_shortcut_flags  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
+from ldm.files import check_apart, printable, replacing, write_text  # noqa: E402
 
 REFERENCE = ROOT / "tests" / "record" / "reference_benchmark.py"
 DEVICE_FLAGS = "device_target", "ms_mode", "dtype", "cpu_threads"
@@ -60,8 +63,8 @@ def main(argv: list | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, action="append", help="what to time, may be repeated (default: all)")
-    add("--weights", type=existing_file, help="merged checkpoint (default: the demo model, or seeded stand-ins)")
-    add("--standins", type=Path, help="folder to keep the seeded stand-ins in, 16 GB for 1.5 and 52 GB for xl "
+    add("--weights", type=checkpoint_file, help="merged checkpoint (default: the demo model, or seeded stand-ins)")
+    add("--standins", type=output_folder, help="folder to keep the seeded stand-ins in, 16 GB for 1.5 and 52 GB for xl "
                                       "(default: a temporary one, where task merge writes 6 and 23 GB more)")
     add("--batch_size", type=in_range(int, 1, 10000), help="pictures at once (default: the document's)")
     add("--H", type=multiple_of_8, help="height in pixels (default: the document's)")
@@ -75,8 +78,8 @@ def main(argv: list | None = None) -> None:
         help=f"one row for each value of {', '.join(SWEPT)}; size is height and width")
     add("--operators", type=in_range(int, 1, 1000), help="name so many kinds of operators under each row, those that "
         "take longest, from once more under the profiler (on the CPU)")
-    add("--json", type=Path, help="file to write all figures to")
-    add("--plot", type=Path, help="picture to draw seconds and memory over the values of --sweep into")
+    add("--json", type=output_file, help="file to write all figures to")
+    add("--plot", type=output_file, help=".png to draw seconds and memory over the values of --sweep into")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     add_config_flags(parser, version, EITHER)
     add_device_flags(parser, "0")
@@ -101,9 +104,7 @@ def main(argv: list | None = None) -> None:
     if whole:
         raise UserError(f"--task {whole[0]} has nothing that {shorter[0]} leaves out; it shortens "
                         f"{', '.join(SAMPLED)}")
-    for flag, path in (("json", args.json), ("plot", args.plot)):
-        if path and not os.access(path.absolute().parent, os.W_OK):
-            raise UserError(f"--{flag} {path}: cannot write into {path.absolute().parent}; name another folder")
+    check_outputs(args)
     if args.plot and not swept:
         raise UserError("--plot has nothing to draw over; give --sweep, such as --sweep batch_size=1,2,4")
     idle = [task for task in args.task or () if args.operators and task in NO_NETWORK]
@@ -127,9 +128,27 @@ def main(argv: list | None = None) -> None:
             print("\n".join([table_line(rows[-1], f"{swept}={value}" if swept else ""),
                              *operator_lines(rows[-1], args.operators)]), flush=True)
             if args.json:
-                args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                write_text(args.json, json.dumps({"rows": rows}, indent=1) + "\n")
             if args.plot:
-                plot(rows, swept).save(args.plot)
+                with replacing(args.plot) as file:
+                    plot(rows, swept).save(file, "PNG")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Check what --json and --plot name: neither a file that is read, nor both the same.
+
+    Raises:
+        UserError: it cannot be written as it should be.
+    """
+    if args.plot and args.plot.suffix.lower() != ".png":
+        raise UserError(f"--plot {printable(args.plot)}: expected a name that ends in .png")
+    if args.plot and args.json and args.plot.resolve() == args.json.resolve():
+        raise UserError(f"--plot {printable(args.plot)}: is the file of --json; name another file")
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path:
+            check_apart(path, f"--{name}", {"--weights": args.weights, "--config": args.config,
+                                            "--torch_python": args.torch_python})
 
 
 def sweep(text: str) -> tuple:

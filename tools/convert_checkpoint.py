@@ -11,21 +11,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.cli import Parser, start_logging  # noqa: E402
+from ip_adapter.cli import Parser, checkpoint_file, output_checkpoint, start_logging  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags and convert."""
     parser = Parser(__doc__)
-    parser.add_argument("--source", required=True, help="the original .safetensors")
-    parser.add_argument("--out", required=True, help="file to write, .ckpt or .safetensors")
+    parser.add_argument("--source", type=checkpoint_file, required=True, help="the original .safetensors")
+    parser.add_argument("--out", type=output_checkpoint, required=True,
+                        help="file to write, .ckpt or .safetensors; what is there is replaced")
     parser.add_argument("--dtype", choices=["float32", "float16"],
                         help="precision of what is written (default: that of the source)")
     args = parser.parse_args(argv)
     start_logging()
     from ip_adapter.merge import convert  # MindSpore is imported once the flags are found good
-    logging.info("%d tensors converted into %s", convert(args.source, args.out, args.dtype), args.out)
+    path, count = convert(args.source, args.out, args.dtype)
+    logging.info("%d tensors converted into %s", count, path)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from ip_adapter.script import run_script  # noqa: E402
 FOLDER = "checkpoints/sd_models"
 DEFAULTS = {
     "base": [f"{FOLDER}/sd_v1.5_d0ab7146.ckpt", f"{FOLDER}/sd_v1.5-d0ab7146.ckpt"],
-    "open_clip_vit": f"{FOLDER}/IP-Adapter/image_encoder/model.safetensors",
-    "ip_adapter": f"{FOLDER}/IP-Adapter/ip-adapter_sd15.safetensors",
-    "vae": f"{FOLDER}/sd-vae-ft-mse/diffusion_pytorch_model.safetensors",
+    "open_clip_vit": [f"{FOLDER}/IP-Adapter/image_encoder/model.safetensors"],
+    "ip_adapter": [f"{FOLDER}/IP-Adapter/ip-adapter_sd15.safetensors"],
+    "vae": [f"{FOLDER}/sd-vae-ft-mse/diffusion_pytorch_model.safetensors"],
     "out": f"{FOLDER}/merged/sd_v1.5_ip_adapter.ckpt",
 }
 

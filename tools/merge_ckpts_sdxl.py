@@ -16,9 +16,8 @@ from ip_adapter.script import run_script  # noqa: E402
 FOLDER = "checkpoints/sdxl_models"
 DEFAULTS = {
     "base": [f"{FOLDER}/sd_xl_base_1.0_ms.ckpt"],
-    "open_clip_vit": f"{FOLDER}/IP-Adapter/image_encoder/model.safetensors",
-    "ip_adapter": f"{FOLDER}/IP-Adapter/ip-adapter_sdxl.safetensors",
-    "vae": None,
+    "open_clip_vit": [f"{FOLDER}/IP-Adapter/image_encoder/model.safetensors"],
+    "ip_adapter": [f"{FOLDER}/IP-Adapter/ip-adapter_sdxl.safetensors"],
     "out": f"{FOLDER}/merged/sd_xl_base_1.0_ms_ip_adapter.ckpt",
 }
 

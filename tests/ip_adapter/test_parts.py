@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from ip_adapter.build import build_model
+from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ModelConfig
 from ip_adapter.families import SD15, SDXL, Family
 from ip_adapter.features import FrozenEncoders
@@ -153,6 +153,23 @@ def test_autoencoders_of_other_latents_are_refused(standins, merged, tmp_path):
                     with_channels(arrays(source), "first_stage_model.decoder.conv_in.weight", 16))
         with pytest.raises(CheckpointError, match=f"{flag}x.safetensors: holds an {words}"):
             if flag:
-                merge(SD15, **{**standins, "base": tmp_path / "x.safetensors"}, out=tmp_path / "out.ckpt")
+                merge(SD15, **{**standins, "base": tmp_path / "x.safetensors", "vae": None}, out=tmp_path / "out.ckpt")
             else:
                 build_model(tmp_path / "x.safetensors", ModelConfig())
+
+
+def test_an_autoencoder_that_is_replaced_does_not_count(standins, merged, tmp_path):
+    """Neither of other latents nor missing; in a file to merge and in a merged one."""
+    base, expected = arrays(standins["base"]), arrays(merged)
+    wrong = with_channels(base, "first_stage_model.decoder.conv_in.weight", 16)
+    none = {name: value for name, value in base.items() if not name.startswith("first_stage_model.")}
+    for tensors in (wrong, none):
+        save_arrays(tmp_path / "base.safetensors", tensors)
+        files = {**standins, "controlnet": None, "base": tmp_path / "base.safetensors"}
+        assert_equal(merged_arrays(SD15, tmp_path, files), expected)
+    with pytest.raises(CheckpointError, match="--sd .*is not a whole model"):
+        merge(SD15, **{**files, "vae": None}, out=tmp_path / "no.ckpt")
+    save_arrays(tmp_path / "x.safetensors", with_channels(expected, "first_stage_model.decoder.conv_in.weight", 16))
+    model = build_model(tmp_path / "x.safetensors", ModelConfig(), extra=ExtraParts(vae=standins["vae"]))
+    want = arrays(standins["vae"])["decoder.conv_in.weight"]
+    np.testing.assert_array_equal(model.diffusion.vae.decoder.conv_in.weight.asnumpy().reshape(want.shape), want)

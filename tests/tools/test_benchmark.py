@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from ip_adapter import benchmark_rows
 from ip_adapter.benchmark import prepare
 from ip_adapter.benchmark_rows import Side, plot
 from ip_adapter.benchmark_settings import SETTINGS, TASKS, setting_of
@@ -133,8 +135,14 @@ def test_mistakes(tmp_path, outcome):
     assert status == 2 and "leave out --weights" in line
     status, line = said("--version", "xl", "--task", "inpainting")
     assert status == 2 and "--task inpainting is not there for --version xl, expected one of train, " in line
-    status, line = said("--version", "demo", "--task", "load", "--json", tmp_path / "none" / "speed.json")
-    assert status == 2 and "--json" in line and "cannot write" in line
+    weights = ROOT / "assets" / "sd_demo.safetensors"
+    for words, expected in ((["--json", tmp_path], f"--json: {tmp_path}: is a folder"),
+                            (["--json", weights, "--weights", weights], "is the file of --weights, which is read"),
+                            (["--sweep", "steps=1", "--plot", tmp_path / "a.txt"], "expected a name that ends in .png"),
+                            (["--sweep", "steps=1", "--plot", tmp_path / "a.png", "--json", tmp_path / "a.png"],
+                             "is the file of --json; name another file")):
+        status, line = said("--version", "demo", "--task", "unet_step", *words)
+        assert status == 2 and expected in line, line
     status, line = said("--version", "demo", "--task", "train", "--deep_every", 2)
     assert status == 2 and "--task train has nothing that deep_every leaves out; it shortens image_variation" in line
     status, line = said("--version", "demo", "--against", "diffusers", "--sweep", "guidance_end=1,0.5")
@@ -179,3 +187,23 @@ def test_turns_are_taken_and_medians_compared(tmp_path):
     ours = side("ours", 9.0, 2.0, 4.0, 3.0)
     assert ours["seconds_per_step"] == pytest.approx(0.75) and ours["images_per_second"] == pytest.approx(4 / 3)
     assert ours["compile_seconds"] == pytest.approx(6.0) and ours["load_seconds"] == 5
+
+
+def test_a_full_disk_keeps_the_old_figures(tmp_path, outcome, monkeypatch):
+    """The figures of a former run are there until the new ones are whole; a missing folder is made."""
+    figures = {"task": "load", "seconds": [1.0]}
+    monkeypatch.setitem(main["main"].__globals__, "measure", lambda *_: figures)
+    monkeypatch.setattr(benchmark_rows, "table_line", lambda *_: "")
+    monkeypatch.setattr(benchmark_rows, "operator_lines", lambda *_: [])
+    speed = tmp_path / "new" / "speed.json"
+    words = ["--version", "demo", "--task", "load", "--json", speed]
+    assert outcome(main["main"], *words)[0] == 0
+    assert json.loads(speed.read_text()) == {"rows": [figures]}
+
+    def fail(_):
+        raise OSError(28, "No space left on device", str(speed))
+    monkeypatch.setattr(os, "fsync", fail)
+    figures["seconds"] = [2.0]
+    status, line = outcome(main["main"], *words)
+    assert status == 2 and "speed.json: No space left on device" in line
+    assert json.loads(speed.read_text())["rows"][0]["seconds"] == [1.0] and list(speed.parent.iterdir()) == [speed]
