@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable
 
-from ip_adapter.config import MAX_SIZE, ROOT, InferenceConfig, load_config
+from ip_adapter.config import MAX_SIZE, ROOT, InferenceConfig, limits_of, load_config
 from ldm.errors import UserError
 from ldm.files import check_folder, check_readable, check_writable, printable
 
@@ -146,6 +146,12 @@ def multiple_of_8(text: str) -> int:
         below = size // 8 * 8
         raise argparse.ArgumentTypeError(f"{size} is not a multiple of 8; the nearest are {below} and {below + 8}")
     return size
+
+
+def number_of(schema: type, name: str) -> Callable[[str], float]:
+    """An argparse type: what the number of this name in a configuration may be."""
+    limits, kind = limits_of(schema, name), type(schema.__dataclass_fields__[name].default)
+    return multiple_of_8 if limits.multiple_of == 8 else in_range(kind, limits.at_least, limits.at_most)
 
 
 def boolean(text: str) -> bool:
