@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable
 
-from ip_adapter.config import MAX_SIZE, ROOT, InferenceConfig, limits_of, load_config
+from ip_adapter.config import MAX_SIZE, ROOT, InferenceConfig, load_config, setting_of
 from ldm.errors import UserError
 from ldm.files import check_folder, check_readable, check_writable, printable
 
@@ -70,16 +70,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(' '.join(message.split()))} (-h lists all flags)\n")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse, but defaults are checked too, and an unknown flag is answered with what may be meant.
+        """As argparse, but an unknown flag is answered with what may be meant.
 
         Of a parser that has a default for `own_process`, that says whether the flags are those of this process.
         """
-        for action in self._actions:
-            if action.type and isinstance(action.default, (int, float)):  # a configuration file's, not yet checked
-                try:
-                    action.type(str(action.default))
-                except argparse.ArgumentTypeError as error:
-                    self.error(f"default of {action.option_strings[0]} in the configuration file: {error}")
         words = self.own_names(sys.argv[1:] if args is None else args)
         for word in words:  # before argparse misses a required flag that stands there under another name
             if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
@@ -150,8 +144,9 @@ def multiple_of_8(text: str) -> int:
 
 def number_of(schema: type, name: str) -> Callable[[str], float]:
     """An argparse type: what the number of this name in a configuration may be."""
-    limits, kind = limits_of(schema, name), type(schema.__dataclass_fields__[name].default)
-    return multiple_of_8 if limits.multiple_of == 8 else in_range(kind, limits.at_least, limits.at_most)
+    setting = setting_of(schema, name)
+    low, high, step, _ = setting.metadata["limits"]
+    return multiple_of_8 if step == 8 else in_range(type(setting.default), low, high)
 
 
 def boolean(text: str) -> bool:

@@ -6,7 +6,7 @@ The sizes of networks are not configured: they are read off the checkpoint (`ldm
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Tuple
 
@@ -57,9 +57,9 @@ def one_word(default: str, *words: str, **more) -> Any:
     return field(default=default, metadata={"words": words, **more})
 
 
-def limits_of(schema: type, name: str) -> Limits:
-    """The limits of a number in a configuration."""
-    return schema.__dataclass_fields__[name].metadata["limits"]
+def setting_of(schema: type, name: str) -> Field:
+    """The field of a configuration with this name; its metadata holds what its value may be."""
+    return next(setting for setting in fields(schema) if setting.name == name)
 
 
 @dataclass

@@ -57,8 +57,8 @@ def training_parser(description: str, version: str, config: TrainingConfig, vers
             continue
         default = getattr(config, setting.name)
         words = setting.metadata.get("words")
-        kind = one_of(*words) if words else {bool: boolean, str: str}.get(type(default)) or number_of(
-            TrainingConfig, setting.name)
+        kinds: dict = {bool: boolean, str: str}
+        kind = one_of(*words) if words else kinds.get(type(default)) or number_of(TrainingConfig, setting.name)
         names = [f"--{name}" for name in (setting.name, *setting.metadata["aliases"])]
         parser.add_argument(*names, type=kind, default=default, help=setting.metadata["help"],
                             required=setting.name == "data_path" and not default)

@@ -282,7 +282,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(words, merged, standins, t
         "flag": (["--start_learning", "1"], "unknown flag --start_learning; did you mean --start_learning_rate"),
         "config type": (["--config", folder / "bad.yaml"], "key start_learning_rate"),
         "config key": (["--config", folder / "key.yaml"], "learning_rate"),
-        "config value": (["--config", folder / "value.yaml"], "--beta1 in the configuration file: 1.5 is out of range"),
+        "config value": (["--config", folder / "value.yaml"], r"value\.yaml: beta1 is 1\.5, expected 0 to 0\.9999999"),
         "taken": (["--output_path", folder / "run"], "holds a training already; go on with it by --resume True"),
         "taken by files": (["--output_path", folder / "files"], "holds a training already"),
         "no state": (["--resume", folder / "a.ckpt"], "--resume .*a.ckpt: no such file"),

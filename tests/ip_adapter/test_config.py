@@ -19,7 +19,6 @@ from ip_adapter.config import (
     ModelConfig,
     SamplingConfig,
     TrainingConfig,
-    limits_of,
     load_config,
 )
 from ip_adapter.inference_cli import inference_parser
@@ -125,7 +124,7 @@ def test_flags_and_files_have_the_same_limits(tmp_path):
         for setting in fields(schema):
             if "limits" not in setting.metadata:
                 continue
-            low, high, step, _ = limits_of(schema, setting.name)
+            low, high, step, _ = setting.metadata["limits"]
             beyond = step if isinstance(setting.default, int) else 1e-7
             for value, fine in ((low, True), (high, True), (low - beyond, False), (high + 2 * max(1, beyond), False),
                                 (low + 1, step == 1 and low + 1 <= high), (math.nan, False), (math.inf, False)):
