@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable
 
-from ip_adapter.config import MAX_SIZE, ROOT, InferenceConfig, load_config
+from ip_adapter.config import MAX_SIZE, ROOT, InferenceConfig, load_config, setting_of
 from ldm.errors import UserError
 from ldm.files import check_folder, check_readable, check_writable, printable
 
@@ -71,13 +71,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(' '.join(message.split()))} (-h lists all flags)\n")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse, but defaults are checked too, and an unknown flag is answered with what may be meant."""
-        for action in self._actions:
-            if action.type and isinstance(action.default, (int, float)):  # a configuration file's, not yet checked
-                try:
-                    action.type(str(action.default))
-                except argparse.ArgumentTypeError as error:
-                    self.error(f"default of {action.option_strings[0]} in the configuration file: {error}")
+        """As argparse, but an unknown flag is answered with what may be meant."""
         words = self.own_names(sys.argv[1:] if args is None else args)
         for word in words:  # before argparse misses a required flag that stands there under another name
             if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
@@ -142,6 +136,13 @@ def multiple_of_8(text: str) -> int:
         below = size // 8 * 8
         raise argparse.ArgumentTypeError(f"{size} is not a multiple of 8; the nearest are {below} and {below + 8}")
     return size
+
+
+def number_of(schema: type, name: str) -> Callable[[str], float]:
+    """An argparse type: what the number of this name in a configuration may be."""
+    setting = setting_of(schema, name)
+    low, high, step, _ = setting.metadata["limits"]
+    return multiple_of_8 if step == 8 else in_range(type(setting.default), low, high)
 
 
 def boolean(text: str) -> bool:

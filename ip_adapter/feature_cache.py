@@ -1,10 +1,14 @@
-"""Features of a whole data set on disk: computed once, read in place of pictures, kept for later runs."""
+"""Features of a whole data set on disk: computed once, read in place of images, kept for later runs."""
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
+import os
+import weakref
+import zlib
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import BinaryIO, Iterable, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -13,9 +17,11 @@ from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.features import Features, FrozenEncoders
 from ip_adapter.stream import stack
 from ldm.errors import UserError
-from ldm.files import check_readable
+from ldm.files import check_readable, printable, reason
 
-KEY_LINE = 65  # bytes of a key and its line end
+VERSION = "v2"  # of the format; a cache of another version has another name and is never read
+
+log = logging.getLogger(__name__)
 
 
 class FeatureBatch(NamedTuple):
@@ -27,43 +33,52 @@ class FeatureBatch(NamedTuple):
 
 
 class FeatureCache:
-    """Records of features in one file; beside it their keys, one a line, in the same order.
+    """Records of features in one file, each with its key and a checksum.
 
-    A key is the sha256 of a picture, its prompt and its caption; the file's name is that of everything else features
-    depend on. A record counts once its key is written, so a run that is killed loses the batch under way only, and of a
-    data set that has grown or changed only what is new is computed.
+    A key is the sha256 of an image, its prompt and its caption; the file's name is that of everything else features
+    depend on. The checksum covers name, key and features: a record counts if it is the one that was written, in this
+    file and for this key. What a killed run or a bad disk leaves is computed anew in its place, and of a data set that
+    has grown or changed only what is new is computed.
 
     Args:
         folder: made if missing.
         encoders: make the features.
-        size: (height, width) of the pictures in pixels.
+        size: (height, width) of the images in pixels.
     """
 
     def __init__(self, folder: Path, encoders: FrozenEncoders, size: tuple):
         shapes = encoders.shapes(size)
-        self.record = np.dtype([(name, "<i4" if name == "sizes" else "<f2", shape)
-                                for name, shape in zip(Features._fields, shapes)])
+        self.record = np.dtype([("sum", "<u4"), ("key", "V32")] + [
+            (name, "<i4" if name == "sizes" else "<f2", shape) for name, shape in zip(Features._fields, shapes)])
         name = hashlib.sha256(f"{encoders.fingerprint} {size} {shapes}".encode()).hexdigest()[:16]
-        self.data, self.index = Path(folder) / f"features-{name}.f16", Path(folder) / f"features-{name}.keys"
+        self.path = Path(folder) / f"features-{name}.{VERSION}.f16"
         self.encoders, self.places = encoders, np.zeros(0, np.int64)
+        self.keys: dict = {}  # of the record that each row takes
 
     def fill(self, dataset: ImageTextDataset, batch: int, rows: Iterable[int] | None = None) -> None:
-        """Compute what is missing, `batch` samples at a time; of some rows, whose size this is, or of all.
+        """Compute what is missing or damaged, `batch` samples at a time; of some rows, whose size this is, or of all.
 
         Raises:
-            UserError: the folder cannot be written to, or too many pictures cannot be read.
+            UserError: the folder cannot be written to, or too many images cannot be read.
         """
         rows = range(len(dataset)) if rows is None else [int(row) for row in rows]
         keys = {row: sample_key(dataset, row) for row in rows}
         used = {row: row for row in rows}  # the row in place of one that cannot be read
         try:
-            self.data.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.data, "ab") as data, open(self.index, "a", encoding="ascii") as index:
-                fcntl.flock(index, fcntl.LOCK_EX)  # two runs may share a folder; the lock dies with its process
-                known = {key: n for n, key in enumerate(self._keys())}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            older = sorted(self.path.parent.glob(f"{self.path.name.split('.')[0]}.*"))
+            if older and not self.path.exists():
+                log.warning("%s is of another version of this program; the features are computed anew, and it can be "
+                            "deleted", " and ".join(map(printable, older)))
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+                known: dict = {}  # key -> place
+                self._verify(file, known)  # without the lock: all processes of a training read at the same time
+                fcntl.flock(file, fcntl.LOCK_EX)  # two runs may share a folder; the lock dies with its process
+                damaged = self._verify(file, known)  # what the other processes have written meanwhile
+                if damaged:
+                    log.warning("--cache_dir %s: %d of %d records in %s are damaged; they are computed anew",
+                                printable(self.path.parent), len(damaged), len(known) + len(damaged), self.path.name)
                 new = [row for row in rows if keys[row] not in known]
-                data.truncate(len(known) * self.record.itemsize)
-                index.truncate(len(known) * KEY_LINE)
                 for first in tqdm(range(0, len(new), batch), desc="encoding", unit="batch", disable=None):
                     fresh = {}
                     for row in new[first : first + batch]:
@@ -73,35 +88,66 @@ class FeatureCache:
                             keys[sample.index] = sample_key(dataset, sample.index)
                         if keys[sample.index] not in known:
                             fresh[keys[sample.index]] = sample
-                    if fresh:
-                        data.write(self._encode(list(fresh.values())))
-                        data.flush()
-                        index.write("".join(f"{key}\n" for key in fresh))
-                        index.flush()
-                        known.update(zip(fresh, range(len(known), len(known) + len(fresh))))
+                    for key, record in zip(fresh, self._encode(fresh) if fresh else ()):
+                        place = damaged.pop() if damaged else len(known)
+                        file.seek(place * self.record.itemsize)
+                        file.write(record.tobytes())
+                        file.flush()
+                        known[key] = place
+                self._handle = os.open(self.path, os.O_RDONLY)  # the file may be deleted while it is in use
+                weakref.finalize(self, os.close, self._handle)
         except OSError as error:
-            raise UserError(f"--cache_dir {self.data.parent}: cannot be written ({error.strerror or error}); free some "
-                            "space or choose another folder") from None
+            raise UserError(f"--cache_dir {printable(self.path.parent)}: {self.path.name} cannot be written "
+                            f"({reason(error)}); free some space or choose another folder") from None
+        self.keys = {row: keys[used[row]] for row in rows}
         self.places = np.full(len(dataset), -1)
-        self.places[rows] = [known[keys[used[row]]] for row in rows]
-        self.records = np.memmap(self.data, self.record, "r")
+        self.places[rows] = [known[self.keys[row]] for row in rows]
 
-    def _keys(self) -> list:
-        """Keys whose records are on disk; what a killed run left beyond them is cut off by `fill`."""
-        keys = self.index.read_text().split("\n")[:-1] if self.index.exists() else []
-        size = self.data.stat().st_size if self.data.exists() else 0
-        return keys[: size // self.record.itemsize]
+    def _verify(self, file: BinaryIO, known: dict) -> list:
+        """Add the places of whole records to `known`, by key; returns those of damaged and doubled ones."""
+        checked, damaged = set(known.values()), []
+        places = range(os.fstat(file.fileno()).st_size // self.record.itemsize)
+        for place in tqdm(places, desc="checking features", unit="image", disable=None, leave=False):
+            if place not in checked:
+                record = self._read(file.fileno(), place)
+                key = record["key"].tobytes().hex()
+                if record["sum"] != self._sum(record) or key in known:
+                    damaged.append(place)
+                else:
+                    known[key] = place
+        return damaged
 
-    def _encode(self, samples: list) -> bytes:
-        features = self.encoders.features(stack(0, np.arange(len(samples)), samples))
-        records = np.empty(len(samples), self.record)
+    def _read(self, handle: int, place: int) -> np.void:
+        """A record; what is missing at the end of the file is zero."""
+        data = os.pread(handle, self.record.itemsize, place * self.record.itemsize)
+        return np.frombuffer(data.ljust(self.record.itemsize, b"\0"), self.record)[0]
+
+    def _sum(self, record: np.void) -> int:
+        """CRC-32 of a record without its sum, continued from that of the file's name."""
+        return zlib.crc32(record.tobytes()[4:], zlib.crc32(self.path.name.encode()))
+
+    def _encode(self, samples: dict) -> np.ndarray:
+        """Key -> sample as records."""
+        features = self.encoders.features(stack(0, np.arange(len(samples)), list(samples.values())))
+        records = np.zeros(len(samples), self.record)
         for name, values in features._asdict().items():
             records[name] = values
-        return records.tobytes()
+        for n, key in enumerate(samples):
+            records["key"][n] = np.void(bytes.fromhex(key))
+            records["sum"][n] = self._sum(records[n])
+        return records
 
-    def sample(self, row: int, position: int) -> np.ndarray:
-        """The record of a row, as `Loader` asks for it."""
-        return np.array(self.records[self.places[row]])
+    def sample(self, row: int, position: int) -> np.void:
+        """The record of a row, as `Loader` asks for it.
+
+        Raises:
+            UserError: it has been changed since `fill`.
+        """
+        record = self._read(self._handle, self.places[row])
+        if record["sum"] != self._sum(record) or record["key"].tobytes().hex() != self.keys[row]:
+            raise UserError(f"--cache_dir {printable(self.path.parent)}: {self.path.name} was changed while it was in "
+                            "use; go on with --resume True, which computes the features anew")
+        return record
 
     def collate(self, step: int, positions: np.ndarray, samples: list) -> FeatureBatch:
         """Put records together."""

@@ -17,13 +17,13 @@ from ip_adapter.cli import (
     config_from,
     existing_file,
     in_range,
-    multiple_of_8,
+    number_of,
     one_of,
     output_folder,
     prompt,
     start_logging,
 )
-from ip_adapter.config import ROOT, InferenceConfig
+from ip_adapter.config import ROOT, InferenceConfig, SamplingConfig
 from ip_adapter.families import SD15, SDXL, Family
 from ip_adapter.metadata import with_png
 from ldm.errors import UserError
@@ -82,7 +82,7 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
     add("--from_png", metavar="FILE", help="take all flags that made this image; flags given as well count instead")
     add_sampling_flags(parser.add_argument_group("sampling").add_argument, config)
     add = parser.add_argument_group("adapter").add_argument
-    add("--ip_scale", type=in_range(float, 0, 10), default=s.ip_scale,
+    add("--ip_scale", type=number_of(SamplingConfig, "ip_scale"), default=s.ip_scale,
         help="weight of the image prompt; 0 is plain text-to-image")
     add("--ip_adapter", "--ip_adpater", type=checkpoint_file,
         help="adapter to use instead of the checkpoint's: published, or finetuned by the training script")
@@ -109,17 +109,18 @@ def inference_parser(description: str, version: str, config: InferenceConfig, co
 def add_sampling_flags(add: Callable, config: InferenceConfig) -> None:
     """The flags of what is made, and how."""
     s = config.sampling
-    add("--scale", "--guidance_scale", type=in_range(float, 0, 100), default=s.scale,
+    add("--scale", "--guidance_scale", type=number_of(SamplingConfig, "scale"), default=s.scale,
         help="classifier-free guidance; 1 or less leaves the unconditional branch out")
-    add("--seed", type=in_range(int, 0, 2**63), default=s.seed, help="image n is made from seed + n")
-    add("--sampling_steps", "--sample_step", type=in_range(int, 1, 1000), default=s.sampling_steps,
-        help="denoising steps")
+    add("--seed", type=number_of(SamplingConfig, "seed"), default=s.seed, help="image n is made from seed + n")
+    add("--sampling_steps", "--sample_step", type=number_of(SamplingConfig, "sampling_steps"),
+        default=s.sampling_steps, help="denoising steps")
     size = "in pixels, a multiple of 8 (default: that of --ref_img; or"
-    add("--H", type=multiple_of_8, help=f"height {size} {s.H}, with a hint in its proportions)")
-    add("--W", type=multiple_of_8, help=f"width {size} {s.W}, with a hint in its proportions)")
-    add("--n_samples", "--num_cols", "--ncols", type=in_range(int, 1, 1000),
+    add("--H", type=number_of(SamplingConfig, "H"), help=f"height {size} {s.H}, with a hint in its proportions)")
+    add("--W", type=number_of(SamplingConfig, "W"), help=f"width {size} {s.W}, with a hint in its proportions)")
+    add("--n_samples", "--num_cols", "--ncols", type=number_of(SamplingConfig, "n_samples"),
         help=f"images made together in one trial (default: {s.n_samples}, or as many as --latents holds)")
-    add("--n_iter", "--num_trials", type=in_range(int, 1, 100000), default=s.n_iter, help="trials for each prompt")
+    add("--n_iter", "--num_trials", type=number_of(SamplingConfig, "n_iter"), default=s.n_iter,
+        help="trials for each prompt")
     add("--latents", type=existing_file, help=".npy with the starting noise (n, 4, H/8, W/8) float32 of unit "
                                               "variance, instead of the seeded one")
 
@@ -183,7 +184,7 @@ def add_control_flags(parser: Parser, config: InferenceConfig, required: bool) -
     add("--controlnet", type=checkpoint_file, action="append", default=[],
         help="file of the hint's ControlNet, diffusers' or original layout (default: the checkpoint's own; it is "
              "the first hint's if there is one hint more than files)")
-    add("--control_scale", type=in_range(float, 0, 10), action="append", default=[],
+    add("--control_scale", type=number_of(SamplingConfig, "control_scale"), action="append", default=[],
         help=f"how strongly the hint is followed (default: {config.sampling.control_scale})")
     add("--control_start", type=in_range(float, 0, 1), action="append", default=[],
         help="fraction of the steps before the ControlNet acts (default: 0)")

@@ -13,8 +13,7 @@ from ip_adapter.cli import (
     add_device_flags,
     boolean,
     config_from,
-    in_range,
-    multiple_of_8,
+    number_of,
     one_of,
     start_logging,
 )
@@ -29,14 +28,6 @@ TRAINING = {SD15.name: {"1.5": "training/sd_v15_finetune_910b.yaml", "demo": "tr
 TIME, TIMES = "%Y.%m.%d-%H:%M:%S", "????.??.??-??:??:??"  # as {time} is written, and as a pattern of files
 TRAINING_DEMO = {part: f"training/demo_{part}.yaml" for part in (
     "vae", "clip", "unet", "controlnet", "clip_xl", "unet_xl", "controlnet_xl")}
-
-LIMITS = {  # of numbers among the training settings; all others start at 0
-    "train_batch_size": (1, 100000), "gradient_accumulation_steps": (1, 100000),
-    "epochs": (0, 10**9), "num_workers": (1, 256), "ckpt_save_interval": (1, 10**9), "beta1": (0, 0.9999999),
-    "beta2": (0, 0.9999999), "ema_decay": (0, 0.9999999), "drop_image_prob": (0, 1), "drop_text_prob": (0, 1),
-    "drop_both_prob": (0, 1), "validation_count": (1, 100), "validation_steps": (1, 1000),
-    "init_loss_scale": (1, 2**31), "loss_scale_factor": (1, 1024),
-}
 
 
 def training_script(description: str, family: Family, argv: list | None = None) -> None:
@@ -65,9 +56,9 @@ def training_parser(description: str, version: str, config: TrainingConfig, vers
         if "help" not in setting.metadata:
             continue
         default = getattr(config, setting.name)
-        kinds = {"image_size": multiple_of_8, "scheduler": one_of("constant", "cosine"), bool: boolean, str: str}
-        kind = kinds.get(setting.name) or kinds.get(type(default)) or in_range(
-            type(default), *LIMITS.get(setting.name, (0, 2**63)))
+        words = setting.metadata.get("words")
+        kinds: dict = {bool: boolean, str: str}
+        kind = one_of(*words) if words else kinds.get(type(default)) or number_of(TrainingConfig, setting.name)
         names = [f"--{name}" for name in (setting.name, *setting.metadata["aliases"])]
         parser.add_argument(*names, type=kind, default=default, help=setting.metadata["help"],
                             required=setting.name == "data_path" and not default)

@@ -21,10 +21,11 @@ from ip_adapter.cli import (  # noqa: E402
     first_existing,
     in_range,
     multiple_of_8,
+    number_of,
     one_of,
     start_logging,
 )
-from ip_adapter.config import InferenceConfig  # noqa: E402
+from ip_adapter.config import InferenceConfig, SamplingConfig  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
 from ip_adapter.inference_cli import EITHER, INFERENCE_SDXL  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
@@ -49,11 +50,12 @@ def main(argv: list | None = None) -> None:
     add("--variations", type=in_range(int, 1, 100), default=4, help="pictures of each")
     add("--prompt", default="", help="text beside the picture")
     add("--negative_prompt", default="", help="text of the unconditional side")
-    add("--ip_scale", type=in_range(float, 0, 10), default=1.0, help="weight of the picture prompt")
-    add("--scale", "--guidance_scale", type=in_range(float, 0, 100), default=7.5, help="classifier-free guidance")
-    add("--sampling_steps", type=in_range(int, 1, 1000), default=50, help="denoising steps")
+    add("--ip_scale", type=number_of(SamplingConfig, "ip_scale"), default=1.0, help="weight of the picture prompt")
+    add("--scale", "--guidance_scale", type=number_of(SamplingConfig, "scale"), default=7.5,
+        help="classifier-free guidance")
+    add("--sampling_steps", type=number_of(SamplingConfig, "sampling_steps"), default=50, help="denoising steps")
     add("--size", type=multiple_of_8, default=config.sampling.H, help="side of the pictures in pixels")
-    add("--seed", type=in_range(int, 0, 2**63), default=42, help="picture n is made from seed + n")
+    add("--seed", type=number_of(SamplingConfig, "seed"), default=42, help="picture n is made from seed + n")
     add("--max_broken", type=in_range(int, 0, 10**9), default=100, help="so many unreadable pictures are skipped")
     add_config_flags(parser, version, EITHER)
     add_device_flags(parser, "0 on Ascend, 1 on the CPU")

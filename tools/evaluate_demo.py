@@ -23,9 +23,10 @@ from ip_adapter.cli import (  # noqa: E402
     existing_file,
     first_existing,
     in_range,
+    number_of,
     start_logging,
 )
-from ip_adapter.config import InferenceConfig  # noqa: E402
+from ip_adapter.config import InferenceConfig, SamplingConfig  # noqa: E402
 from ip_adapter.demo_tasks import TASKS  # noqa: E402
 from ip_adapter.inference_cli import DEMOS  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
@@ -46,9 +47,10 @@ def main(argv: list | None = None) -> None:
     add("--task", choices=TASKS, action="append", help="which to judge, may be repeated (default: all)")
     add("--count", type=in_range(int, 2, 100000), default=200, help="scenes")
     add("--variations", type=in_range(int, 1, 100), default=4, help="pictures of each")
-    add("--steps", type=in_range(int, 1, 1000), default=20, help="denoising steps")
-    add("--scale", type=in_range(float, 0, 100), default=config.sampling.scale, help="classifier-free guidance")
-    add("--seed", type=in_range(int, 0, 2**63), default=1_000_000, help="of scenes; those trained on have 0")
+    add("--steps", type=number_of(SamplingConfig, "sampling_steps"), default=20, help="denoising steps")
+    add("--scale", type=number_of(SamplingConfig, "scale"), default=config.sampling.scale,
+        help="classifier-free guidance")
+    add("--seed", type=number_of(SamplingConfig, "seed"), default=1_000_000, help="of scenes; those trained on have 0")
     add_config_flags(parser, version, DEMOS)
     add_device_flags(parser, "0")
     args = parser.parse_args(argv)
