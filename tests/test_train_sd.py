@@ -279,7 +279,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(words, merged, standins, t
         "rate": (["--start_learning_rate", "nan"], "nan is out of range"),
         "probabilities": (["--drop_text_prob", "0.95"], "add up to more than 1"),
         "scheduler": (["--scheduler", "linear"], "--scheduler: 'linear' is not known, expected constant or cosine"),
-        "crop": (["--random_crop", "True", "--cache_dir", folder / "c"], "--random_crop True changes a picture"),
+        "crop": (["--random_crop", "True", "--cache_dir", folder / "c"], "--random_crop True is of no effect: it"),
         "flag": (["--start_learning", "1"], "unknown flag --start_learning; did you mean --start_learning_rate"),
         "config type": (["--config", folder / "bad.yaml"], "key start_learning_rate"),
         "config key": (["--config", folder / "key.yaml"], "learning_rate"),
