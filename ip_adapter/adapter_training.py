@@ -35,9 +35,9 @@ def advice(family: Family, version: str, weights: Path, adapter: Path) -> str:
          "IMAGE"])
 
 
-def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Family, group: Group) -> None:
+def train_adapter(args: argparse.Namespace, config: TrainingConfig, family: Family, dataset: ImageTextDataset,
+                  group: Group) -> None:
     """Train what `adapter_parameters` names; see `ip_adapter.training_cli.training_parser` for `args`."""
-    dataset = ImageTextDataset(args.data_path, args.image_size, args.random_crop, args.max_broken)
     buckets = one_bucket(len(dataset), args.image_size)
     if args.buckets:
         buckets = find_buckets(dataset, args.image_size, args.train_batch_size * group.size, args.num_workers)

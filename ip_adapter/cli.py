@@ -254,7 +254,7 @@ def add_device_flags(parser: Parser, modes: str) -> None:
     add("--dtype", choices=["float16", "float32"],
         help="precision of the networks (default: float16 on Ascend, float32 on the CPU)")
     add("--cpu_threads", type=in_range(int, 0, 1024), default=0,
-        help="threads that compute on the CPU, 0 for one a core")
+        help="threads that compute on the CPU, 0 for one a core, shared among the processes of a job")
     add("--log_level", choices=["debug", "info", "warning", "error"], default="info", help="how much is said")
 
 

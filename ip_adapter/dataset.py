@@ -8,7 +8,7 @@ import os
 import threading
 from array import array
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -172,10 +172,22 @@ class ImageTextDataset:
         Raises:
             UserError: more than `max_broken` pictures cannot be read, or none can.
         """
+        return self.first_readable(i, lambda row: self._read(row, rng, self.size_of_row(i)))
+
+    def square(self, i: int, size: int) -> Image.Image:
+        """The middle of the picture of row `i` or, as `sample` has it, of the next one; `size` pixels wide and high."""
+        return self.first_readable(i, lambda row: self._fitted(row, self.picture(row), (size, size), None)[0])
+
+    def first_readable(self, i: int, read: Callable[[int], Any]) -> Any:
+        """What `read` gives for row `i` or, if it raises UserError, for the first after it, wrapping round.
+
+        Raises:
+            UserError: more than `max_broken` rows cannot be read, or none can.
+        """
         for row in itertools.chain(range(i, len(self)), range(i)):
             if row not in self._broken:
                 try:
-                    return self._read(row, rng, self.size_of_row(i))
+                    return read(row)
                 except UserError as error:
                     self._skip(row, error)
         raise UserError(f"{self.flag} {printable(self.csv)}: none of its {len(self)} pictures can be read, see the "
@@ -183,10 +195,12 @@ class ImageTextDataset:
 
     def _read(self, row: int, rng: np.random.Generator, size: tuple) -> Sample:
         image = self.picture(row)
-        clipped, crop = fit(image, size, rng if self.random_crop else None,
-                            f"{self.flag} {printable(self.path(row))}")
+        clipped, crop = self._fitted(row, image, size, rng if self.random_crop else None)
         prompt = self.prompt(row) if self._prompts[row] else image
         return Sample(latent_pixels(clipped)[0], clip_pixels(prompt), self.text(row), image.size[::-1], crop, row)
+
+    def _fitted(self, row: int, image: Image.Image, size: tuple, rng: np.random.Generator | None) -> tuple:
+        return fit(image, size, rng, f"{self.flag} {printable(self.path(row))}")
 
     def _skip(self, row: int, error: Exception) -> None:
         """Remember and report a broken row, once however many threads meet it."""

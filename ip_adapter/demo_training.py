@@ -17,7 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ip_adapter.build import ImagePromptModel
 from ip_adapter.config import TrainingConfig
-from ip_adapter.dataset import ImageTextDataset, fit
+from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.families import SD15, SDXL, Family
 from ip_adapter.feature_cache import FeatureBatch, FeatureCache
 from ip_adapter.features import FrozenEncoders
@@ -157,7 +157,7 @@ def autoencoder_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) 
     vae, z = model.diffusion.vae, model.diffusion.vae.config.latent_channels
 
     def make(row: int, position: int) -> tuple:
-        image, _ = fit(dataset.picture(row), (args.image_size, args.image_size), None, str(dataset.path(row)))
+        image = dataset.square(row, args.image_size)
         shape = z, args.image_size // 8, args.image_size // 8
         pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
         return pixels, np.random.default_rng([args.seed, position]).standard_normal(shape, np.float32)
@@ -238,8 +238,7 @@ def controlnet_stage(model: ImagePromptModel, dataset: ImageTextDataset, args) -
     noisy = _noisy(cache.encoders, args)
 
     def make(row: int, position: int) -> tuple:
-        image, _ = fit(dataset.picture(row), (args.image_size, args.image_size), None, str(dataset.path(row)))
-        return cache.sample(row, position), hint_pixels(canny(image, *EDGES))[0]
+        return cache.sample(row, position), hint_pixels(canny(dataset.square(row, args.image_size), *EDGES))[0]
 
     def collate(step: int, positions: np.ndarray, samples: list) -> _Arrays:
         records, hints = zip(*samples)

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from ip_adapter.results_folder import save_image, writing
 from ldm.errors import UserError
 from ldm.files import check_readable, printable, replacing, write_text
 
-COLUMNS = ("row", "dir", "clip_i", "clip_t")
+COLUMNS = ("row", "dir", "clip_i", "clip_t", "check")
+DIGITS = 6  # of scores, few enough for a spreadsheet to keep them
 SHEET_ROWS = 8
 PAPER = {"clip_i": 0.828, "clip_t": 0.588}  # arXiv 2308.06721, table 1, IP-Adapter
 # Settings that decide a picture or its score; a folder holds those of one choice.
@@ -50,7 +52,8 @@ class Evaluation:
         self.args, self.dataset, self.folder = args, dataset, args.out
         files = {"weights": weights, "ip_adapter": args.ip_adapter, "clip": args.clip}
         self.settings = {**{key: getattr(args, key) for key in SETTINGS},
-                         **{key: file_sha256(path) if path else None for key, path in files.items()}}
+                         **{key: file_sha256(path) if path else None for key, path in files.items()},
+                         **({"clip_activation": args.clip_activation} if args.clip else {})}
         note = self.folder / "settings.json"
         if note.exists():
             found = read_settings(note)
@@ -78,8 +81,10 @@ class Evaluation:
             row = self.dataset.sample(n, None).index  # another one if n cannot be read
             picture = self.dataset.picture(row)
             made = self._make(model, picture, texts, n)
+            clip_t = scorer.clip_t(made, self.dataset.text(row))
             done.append({"row": n, "dir": printable(self.dataset.path(row).name),
-                         "clip_i": scorer.clip_i(made, picture), "clip_t": scorer.clip_t(made, self.dataset.text(row))})
+                         "clip_i": round(scorer.clip_i(made, picture), DIGITS),
+                         "clip_t": None if clip_t is None else round(clip_t, DIGITS)})
             with writing(self.folder, "--out"):
                 self._keep(made, done)
         with writing(self.folder, "--out"):
@@ -97,7 +102,7 @@ class Evaluation:
         with replacing(self.folder / "results.csv", text=True) as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(done)
+            writer.writerows({**row, "check": _check(row)} for row in done)
 
     def _make(self, model: ImagePromptModel, picture: Image.Image, texts: list, n: int) -> np.ndarray:
         args, sides = self.args, model.with_image(texts, model.embed(picture))
@@ -131,7 +136,7 @@ def read_settings(note: Path) -> dict:
     """
     check_readable(note, "--out", "the settings of an evaluation")
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = json.loads(note.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         found = error
     if not isinstance(found, dict):
@@ -143,29 +148,50 @@ def read_settings(note: Path) -> dict:
 def read_results(results: Path) -> list:
     """The rows done so far, with numbers as such; what is cut off, or no row, is left out with a notice.
 
+    A spreadsheet may have saved the file: UTF-16, a mark at the beginning, semicolons, tabs and decimal commas are
+    read. Rows have a checksum, so that a digit that has changed is no score; files of before there was one are taken
+    as they are.
+
     Raises:
-        UserError: the file cannot be opened.
+        UserError: the file cannot be opened, or not one of its rows can be read: it would be written anew without.
     """
     if not results.exists():
         return []
-    check_readable(results, "--out", "the results of an evaluation")
-    text = results.read_bytes().decode("utf-8-sig", "replace")
+    data = check_readable(results, "--out", "the results of an evaluation").read_bytes()
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = data.decode("utf-16" if wide else "utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n")
     *lines, cut = text.split("\n")  # a row without its line end may end within a number
-    rows = [_result(line.rstrip("\r")) for line in lines if line.strip() not in ("", ",".join(COLUMNS))]
+    delimiter = next((mark for mark in ";\t" if mark in text.split("\n")[0]), ",")
+    header = [name.strip(' "') for name in text.split("\n")[0].split(delimiter)]
+    summed = header != list(COLUMNS[:-1])
+    filled = [line for line in lines if line.strip("\0 ,;\t")]
+    rows = [_result(line, delimiter, summed) for line in filled[header[:1] == ["row"]:]]
     whole = {row["row"]: row for row in rows if row is not None}
-    left_out = len(rows) - len(whole) + bool(cut)
+    left_out = len(rows) - len(whole) + bool(cut.strip("\0"))
+    if rows and not whole:
+        raise UserError(f"--out {printable(results)}: none of its rows can be read, expected lines of "
+                        f"{','.join(COLUMNS)} as an evaluation writes them; mend it, remove it to make all images "
+                        "again, or name another folder")
     if left_out:
         log.warning("--out %s: %d rows are cut, damaged or doubled; they are made again", printable(results), left_out)
     return list(whole.values())
 
 
-def _result(line: str) -> dict | None:
-    """One line of results.csv, None if it is no whole row."""
+def _result(line: str, delimiter: str, summed: bool) -> dict | None:
+    """One line of results.csv, None if it is no whole row or, with a checksum, not as it was written."""
     try:
-        number, name, clip_i, clip_t = next(csv.reader(io.StringIO(line), strict=True))
+        fields = next(csv.reader(io.StringIO(line), strict=True, delimiter=delimiter))
+        number, name, clip_i, clip_t, *check = fields
+        clip_i, clip_t = (score.replace(",", ".") for score in (clip_i, clip_t))
         row = {"row": int(number), "dir": name, "clip_i": float(clip_i), "clip_t": float(clip_t) if clip_t else None}
     except (ValueError, csv.Error, StopIteration):
         return None
     scores = [score for score in (row["clip_i"], row["clip_t"]) if score is not None]
     sound = 0 <= row["row"] <= 10**9 and all(math.isfinite(score) and -2 < score < 3 for score in scores)
-    return row if sound else None
+    return row if sound and check == ([_check(row)] if summed else []) else None
+
+
+def _check(row: dict) -> str:
+    """A checksum of a row of results, which no spreadsheet takes for a number."""
+    content = "|".join(str(row[name]) for name in COLUMNS[:-1])
+    return f"x{zlib.crc32(content.encode()):08x}"

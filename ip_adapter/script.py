@@ -39,6 +39,7 @@ def execute(main: Callable[[], None]) -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, ValueError):  # a stream of a notebook or a test
                 stream.reconfigure(errors="backslashreplace")
+        _check_current_folder()
         main()
         leave(0)
     except UserError as error:
@@ -61,6 +62,19 @@ def execute(main: Callable[[], None]) -> None:
             raise
         sys.exit(_leave(2, "error: the processes of this job lost each other; see what the first of them said, and go "
                            "on with --resume True"))
+
+
+def _check_current_folder() -> None:
+    """Files are named relative to it, and MindSpore asks for it when it is imported.
+
+    Raises:
+        UserError: it does not exist any more.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current folder cannot be used ({error.strerror}): it was deleted or moved; change into "
+                        "another one and start again") from None
 
 
 def _stopped(number: int) -> str:

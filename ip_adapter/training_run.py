@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import logging
 import math
-import re
 import signal
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from ip_adapter.config import STATE
 from ip_adapter.script import SIGNALS, collected_signals
 from ip_adapter.training import AdamW, OptimizerConfig, TrainStep, learning_rate
 from ip_adapter.training_log import LOG_COLUMNS, LogFile, Progress, counted, read_log
+from ip_adapter.training_plan import plan, state_to_resume
 from ip_adapter.training_state import read_state, write_state
 from ldm.checkpoint_file import CheckpointError
 from ldm.errors import UserError
@@ -79,29 +79,18 @@ class TrainingRun:
         self.args, self.optimizer, self.publish, self.group, self.validate = args, optimizer, publish, group, validate
         self.folder = Path(args.output_path)
         self.ckpt, self.name = (self.folder / name).parent, Path(name).name
-        batch = args.train_batch_size * group.size * args.gradient_accumulation_steps
-        self.batch = batch
-        self.steps_per_epoch = math.ceil(length / batch)
-        self.total = min(limit for limit in (math.ceil(args.epochs * length / batch), args.max_steps) if limit)
+        self.plan = plan(args, length, group.size)
+        self.total = self.plan.total
         # What decides which samples and which random numbers a step sees.
         self.identity = {"seed": args.seed, "train_batch_size": args.train_batch_size * group.size,
                          "gradient_accumulation_steps": args.gradient_accumulation_steps, "rows": length,
                          "image_size": args.image_size, "buckets": int(args.buckets)}
         self.step, self.history, self.published = 0, [], []
         self.files, self.advice, self.validated = [], advice, False
-        state = self.ckpt / STATE
-        if args.resume:
-            self._resume(state if args.resume is True else Path(args.resume))
-        elif state.exists() or self._would_overwrite():
-            raise UserError(f"--output_path {self.folder}: holds a training already; go on with it by --resume True, "
-                            "or choose another folder")
-
-    def _would_overwrite(self) -> bool:
-        """Whether there are files of another run under names this one will use."""
-        found = [re.fullmatch(re.escape(self.name).replace(r"\{\}", r"(\d+)"), path.stem)
-                 for path in self.ckpt.glob(self.name.format("*") + ".*")]
-        steps = [int(match[1]) for match in found if match]
-        return any(step == self.total or step < self.total and self._save_due(step) for step in steps)
+        # Once more, for since the flags were checked another training may have begun and ended.
+        state = state_to_resume(args, name, self.plan)
+        if state:
+            self._resume(state)
 
     def _resume(self, path: Path) -> None:
         """Take up a state; what the log has beyond it is dropped, for it will be run again."""
@@ -152,7 +141,7 @@ class TrainingRun:
                 if self.step == first:
                     signals = stack.enter_context(collected_signals())
                 self.step += 1
-                images = self.batch / (time.time() - begun)
+                images = self.plan.batch / (time.time() - begun)
                 self._after_step(table, progress, loss, rate, images, bool(made.asnumpy()), number)
                 losses, begun = [], time.time()
                 if self.step == self.total:
@@ -184,7 +173,7 @@ class TrainingRun:
             table.add(dict(zip(LOG_COLUMNS, (
                 self.step, f"{loss:.6g}", f"{rate:.6g}", float(self.optimizer.loss_scale.asnumpy()), int(not made),
                 f"{images:.4g}"))))
-            if stop or self.step == self.total or self._save_due(self.step):
+            if stop or self.step == self.total or self.plan.save_due(self.step):
                 self.save()
             if self.validate and self.args.validation_interval and not stop and (
                     self.step % self.args.validation_interval == 0):
@@ -215,9 +204,6 @@ class TrainingRun:
         a = self.args
         return learning_rate(self.step, a.start_learning_rate, a.warmup_steps, self.total,
                              a.end_learning_rate if a.scheduler == "cosine" else None)
-
-    def _save_due(self, step: int) -> bool:
-        return step % (self.args.ckpt_save_interval * (1 if self.args.step_mode else self.steps_per_epoch)) == 0
 
     def save(self) -> None:
         """Write the state, then what users load; a save killed in between is finished by whoever resumes."""

@@ -39,6 +39,18 @@ def write_state(path: Path, optimizer: dict, numbers: dict) -> None:
     save_arrays(path, {**arrays, CHECKSUM: checksum(arrays)})
 
 
+def check_state(path: Path) -> Path:
+    """The path of a state.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"--resume {path}: no such file; expected {STATE} of an earlier run; check the path, or leave "
+                        "out --resume to start anew")
+    return path
+
+
 def read_state(path: Path, identity: dict) -> tuple:
     """Read a state that fits.
 
@@ -52,9 +64,7 @@ def read_state(path: Path, identity: dict) -> tuple:
     Raises:
         UserError: it is damaged, no state, or of other settings.
     """
-    if not path.is_file():
-        raise UserError(f"--resume {path}: no such file; expected {STATE} of an earlier run; check the path, or leave "
-                        "out --resume to start anew")
+    check_state(path)
     with open_checkpoint(path) as file:
         arrays = {name: file.read(name) for name in file.tensors}
     # States of before there were checksums have none.

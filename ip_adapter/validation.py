@@ -5,10 +5,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ip_adapter.build import ImagePromptModel
-from ip_adapter.dataset import ImageTextDataset, fit
+from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.generation import generate
 from ip_adapter.pictures import save_png
 
@@ -48,6 +48,7 @@ class Validation:
         for n, (picture, embedding, texts) in enumerate(zip(self.pictures, self.embeddings, self.texts)):
             made = [generate(self.model, self.model.with_image([text, self.empty], embedding), [self.seed + n],
                              self.size, self.steps, GUIDANCE_SCALE)[0] for text in texts]
-            shown, _ = fit(picture, (self.size, self.size), None, "validation")
+            # Cut out before it is resized: a picture prompt may be as narrow as it likes.
+            shown = ImageOps.fit(picture, (self.size, self.size), Image.BICUBIC)
             rows.append(np.concatenate([np.asarray(shown), *made], 1))
         save_png(self.folder, Image.fromarray(np.concatenate(rows)), {"step": step}, f"step-{step}-{{:05d}}.png")

@@ -14,6 +14,7 @@ import mindspore as ms
 from mindspore import Tensor
 
 from ldm.errors import UserError
+from ldm.parallel import job_threads
 
 DTYPES = {"float16": ms.float16, "float32": ms.float32}
 
@@ -24,7 +25,7 @@ def start_device(device_target: str | None = None, ms_mode: int | None = None, c
     Args:
         device_target: "Ascend", "CPU", or None for Ascend if there is one, else the CPU.
         ms_mode: 0 compiles networks into graphs, 1 runs operator by operator (PyNative), None is `default_mode()`.
-        cpu_threads: that compute on the CPU, 0 for one a core; 1 where several processes share the machine.
+        cpu_threads: that compute on the CPU, 0 for one a core; the processes of an mpirun or msrun job share the cores.
 
     Raises:
         UserError: the device does not exist here.
@@ -42,8 +43,9 @@ def start_device(device_target: str | None = None, ms_mode: int | None = None, c
         # Asynchronous launches gain nothing where host and device are the same cores: the two threads take them
         # from each other, and an operator costs 4 ms (a time slice) instead of 50 us.
         ms.runtime.launch_blocking()
-        if cpu_threads:
-            ms.device_context.cpu.op_tuning.threads_num(cpu_threads)
+        threads = cpu_threads or job_threads()
+        if threads:
+            ms.device_context.cpu.op_tuning.threads_num(threads)
 
 
 @functools.cache

@@ -256,12 +256,12 @@ def temporary_folder(parent, prefix: str = ".unfinished.") -> Iterator[Path]:
         parent: where it is made; made if missing, and removed again if it is empty at the end.
         prefix: of its name.
     """
-    made: list = []
+    made = [Path(parent) / f".{os.getpid()}.none"]  # the place of the folder, until there is one
     try:
         with _registry:
             _unfinished.append(made)
             made += _make_folder(Path(parent))
-            made.insert(0, Path(tempfile.mkdtemp(dir=parent, prefix=prefix)))
+            made[0] = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
         yield made[0]
     finally:
         _remove(made)
@@ -286,13 +286,19 @@ def made_folder(folder) -> Iterator[Path]:
 
 
 def _make_folder(folder: Path) -> list:
-    """Make a folder and those above it; returns what was made, innermost first."""
+    """Make a folder and those above it; returns what was made, innermost first. If one cannot be made, none is left."""
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
-    for one in reversed(missing):
-        one.mkdir(exist_ok=True)
+    try:
+        for one in reversed(missing):
+            one.mkdir(exist_ok=True)
+    except OSError:
+        for one in missing:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+        raise
     return missing
 
 

@@ -32,6 +32,7 @@ NODE_TIMEOUT_SECONDS = 1800
 _parent = os.getppid()  # at the start, to notice when it is gone
 _scheduler: list = []  # the process that rank 0 has started, and the file that names its port
 _joined: list = []  # the group, once joined
+_local_size = 1  # processes of this job on this machine
 _adopted = False  # whether mpirun's variables were turned into MindSpore's
 
 
@@ -53,6 +54,8 @@ def prepare_process() -> None:
     if os.environ.get("GLOG_v") not in ("0", "1", "2", "3", "4"):
         os.environ["GLOG_v"] = "3"
     os.environ.setdefault("MS_NODE_TIMEOUT", str(NODE_TIMEOUT_SECONDS))
+    global _local_size
+    _local_size = _local_processes()  # now: mpirun's variables are about to go
     adopt_open_mpi()
 
 
@@ -142,6 +145,35 @@ def _read_port(meeting: Path) -> str:
             sys.exit("the first process of this mpirun has not started within a minute")
         time.sleep(0.05)
     return meeting.read_text()
+
+
+def job_size() -> int:
+    """How many processes mpirun or msrun has started, as far as the environment tells."""
+    sizes = [os.environ.get(name, "") for name in ("MS_WORKER_NUM", "OMPI_COMM_WORLD_SIZE")]
+    return next((int(size) for size in sizes if size.isdecimal() and int(size)), 1)
+
+
+def job_threads() -> int:
+    """Threads to compute with on the CPU so that all processes of a job on this machine share its cores; 0 for all.
+
+    A launcher may have bound this process to some cores: then these, but no more than its share of the launcher's.
+    """
+    if _local_size < 2 or not hasattr(os, "sched_getaffinity"):
+        return 0
+    own = shared = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):  # the launcher is gone, or another user's
+        shared = len(os.sched_getaffinity(_parent))
+    return max(1, min(own, shared // _local_size))
+
+
+def _local_processes() -> int:
+    """How many processes of this job run on this machine; 1 if nothing tells."""
+    number = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    if number.isdecimal():
+        return int(number)
+    # msrun tells how many there are on all machines; they are all here if its scheduler has a local address.
+    alone = os.environ.get("MS_SCHED_HOST", "127.0.0.1") in ("127.0.0.1", "localhost")
+    return job_size() if alone else 1
 
 
 def join() -> Group:

@@ -106,6 +106,17 @@ def test_help_imports_nothing_heavy(script):
     assert result.stdout.splitlines()[-1] == "[]" and "None" not in result.stdout
 
 
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_a_deleted_folder_is_one_line(script, tmp_path):
+    (tmp_path / "gone").mkdir()
+    program = "import os, sys; os.rmdir('../gone'); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    result = subprocess.run([sys.executable, "-c", program, ROOT / script], capture_output=True, text=True,
+                            cwd=tmp_path / "gone")
+    assert result.returncode == 2 and result.stderr.splitlines() == [
+        f"{Path(script).name}: error: the current folder cannot be used (No such file or directory): it was deleted or "
+        "moved; change into another one and start again"]
+
+
 @pytest.mark.parametrize("typed, meant", [
     ("--steps", "--sampling_steps"), ("--num_inference_steps", "--sampling_steps"), ("--height", "--H"),
     ("--width", "--W"), ("--cfg_scale", "--scale"), ("--guidance-scale", "--guidance_scale"),

@@ -173,6 +173,19 @@ def test_validation_pictures_are_those_of_the_weights(words, tmp_path, outcome):
     np.testing.assert_allclose(pictures(tmp_path / "made")[0], sheets[1][:64, 64:128], atol=1)
 
 
+def test_a_validation_shows_any_image_prompt_and_leaves_out_images_too_narrow(words, tmp_path, outcome):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, size, grey in (("a.png", (64, 64), 90), ("thin.png", (1, 5000), 150), ("wide.png", (65000, 1), 200)):
+        Image.new("RGB", size, (grey,) * 3).save(data / name)
+    (data / "img_txt.csv").write_text("dir,text,image_prompt\nwide.png,x,\na.png,y,thin.png\n")
+    status, said = outcome(main, *words, "--max_steps", "1", "--validation_interval", "1", "--validation_data", data,
+                           "--validation_count", "1", "--validation_steps", "2", "--output_path", tmp_path / "out")
+    assert status == 0 and "wide.png: 65000 x 1 pixels are too narrow" in said, said
+    sheet = np.asarray(Image.open(tmp_path / "out" / "validation" / "step-1-00000.png"))
+    assert sheet.shape == (64, 3 * 64, 3) and (sheet[:, :64] == 150).all()
+
+
 @pytest.mark.slow
 def test_it_learns_in_graph_mode(words, tmp_path, outcome):
     """Twenty steps on two pictures, the whole step compiled."""
@@ -278,7 +291,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(words, merged, standins, t
         "rate": (["--start_learning_rate", "nan"], "nan is out of range"),
         "probabilities": (["--drop_text_prob", "0.95"], "add up to more than 1"),
         "scheduler": (["--scheduler", "linear"], "--scheduler: 'linear' is not known, expected constant or cosine"),
-        "crop": (["--random_crop", "True", "--cache_dir", folder / "c"], "--random_crop True changes a picture"),
+        "crop": (["--random_crop", "True", "--cache_dir", folder / "c"], "--random_crop True is of no effect: it"),
         "flag": (["--start_learning", "1"], "unknown flag --start_learning; did you mean --start_learning_rate"),
         "config type": (["--config", folder / "bad.yaml"], "key start_learning_rate"),
         "config key": (["--config", folder / "key.yaml"], "learning_rate"),

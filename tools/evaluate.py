@@ -60,6 +60,8 @@ def main(argv: list | None = None) -> None:
     add_config_flags(parser, version, EITHER)
     add_device_flags(parser, "0 on Ascend, 1 on the CPU")
     args = parser.parse_args(argv)
+    if not args.clip and "clip_activation" in parser.given:
+        parser.error("--clip_activation is that of the model --clip names; name one, or leave it out")
     start_logging(args.log_level)
     from ip_adapter.results_folder import own_folder
     with own_folder(args.out, "--out"):

@@ -8,6 +8,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
@@ -15,8 +16,15 @@ from ip_adapter.cli import config_from, existing_file, first_existing  # noqa: E
 from ip_adapter.config import TrainingConfig  # noqa: E402
 from ip_adapter.script import run_script  # noqa: E402
 from ip_adapter.training_cli import TRAINING_DEMO, start_training, training_parser  # noqa: E402
-from ldm.errors import UserError  # noqa: E402
 from ldm.parallel import Group  # noqa: E402
+
+if TYPE_CHECKING:
+    from ip_adapter.dataset import ImageTextDataset
+
+# Training settings that only an adapter has a use for, and those of parts that learn from features.
+OF_ADAPTERS = ("buckets", "random_crop", "recompute", "drop_image_prob", "drop_both_prob", "validation_interval",
+               "validation_data", "validation_count", "validation_steps")
+OF_FEATURES = ("cache_dir", "p2_k", "drop_text_prob")
 
 log = logging.getLogger(__name__)
 
@@ -24,35 +32,37 @@ log = logging.getLogger(__name__)
 def main(argv: list | None = None) -> None:
     """Parse the flags, train the part, save the whole model."""
     part, config = config_from(argv, TRAINING_DEMO, TrainingConfig, "--part")
-    parser = training_parser(__doc__, part, config, TRAINING_DEMO, "--part")
+    parser = training_parser(__doc__, part, config, TRAINING_DEMO, "--part", unused_settings(part))
     parser.add_argument("--vae", type=existing_file, help="checkpoint with the autoencoder, if it is another one")
     parser.add_argument("--open_clip_vit", type=existing_file,
                         help="checkpoint whose image encoder seeded weights begin with")
     args = parser.parse_args(argv)
-    if args.buckets or args.recompute:
-        raise UserError("--buckets and --recompute are for adapters; the demo model is trained without them")
-    if args.open_clip_vit and args.pretrained_model_path:
-        raise UserError("--open_clip_vit is for seeded weights; leave out --pretrained_model_path")
+    if not args.cache_dir and "cache_dir" not in unused_settings(part):
+        parser.error("--cache_dir is empty; name a folder, for this part learns from features that are kept")
     name = f"ckpt/{part}-{{}}"
-    group = start_training(args, name)
+    dataset, group = start_training(args, parser.given, name)
     from ip_adapter.training_run import own_folder
     with own_folder(args, group):
-        train_part(args, config, part, name, group)
+        train_part(args, config, part, name, dataset, group)
 
 
-def train_part(args: argparse.Namespace, config: TrainingConfig, part: str, name: str, group: Group) -> None:
+def unused_settings(part: str) -> tuple:
+    """The training settings that are of no effect on a part of the demo model."""
+    return OF_ADAPTERS if part.startswith(("unet", "controlnet")) else OF_ADAPTERS + OF_FEATURES
+
+
+def train_part(args: argparse.Namespace, config: TrainingConfig, part: str, name: str,
+               dataset: ImageTextDataset, group: Group) -> None:
     """Train a part of the demo model; files are published as `name` in the output folder, {} being the step.
 
     MindSpore is imported here, once the flags are found good.
     """
     from ip_adapter.build import ExtraParts, build_model
-    from ip_adapter.dataset import ImageTextDataset
     from ip_adapter.demo_training import STAGES, demo_start
     from ip_adapter.stream import Loader, Stream
     from ip_adapter.training import AdamW, TrainStep
     from ip_adapter.training_run import TrainingRun, optimizer_config
     family, stage_of = STAGES[part]
-    dataset = ImageTextDataset(args.data_path, args.image_size, args.random_crop, args.max_broken)
     # Encoders learn from what is alike within a batch, so their rows keep the order they were drawn in (--alike).
     stream = Stream(len(dataset), args.train_batch_size, args.seed, group.size, group.rank,
                     shuffle=not part.startswith("clip"))

@@ -33,6 +33,19 @@ def test_embeddings_equal_transformers(scorer):
         np.testing.assert_allclose(unit(image), expected["image"], atol=2e-5)
 
 
+def test_the_activation_is_that_of_both_encoders(scorer, tmp_path):
+    """quick_gelu is what the numbers above were recorded with; gelu gives others, for images and for texts."""
+    write_clip_standin(tmp_path / "clip.safetensors")
+    other = open_scorer(tmp_path / "clip.safetensors", "gelu")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8))
+    tokens = Tensor(scorer.tokenizer(["a cat"]))
+    for one, name in ((scorer, "quick_gelu"), (other, "gelu")):
+        assert one.image_encoder.config.activation == one.text_encoder.config.activation == name
+    assert np.abs(scorer.images([image]) - other.images([image])).max() > 1e-4
+    texts = [unit(one.text_encoder(tokens)[2].asnumpy()) for one in (scorer, other)]
+    assert np.abs(texts[0] - texts[1]).max() > 1e-4
+
+
 def test_a_picture_is_like_itself(scorer):
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (3, 40, 40, 3)).astype(np.uint8)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +152,27 @@ def test_rows_that_name_no_image_are_skipped_and_not_waited_for(six):
     dataset = ImageTextDataset(six, 16)
     assert [dataset.sample(row, None).index for row in range(7)] == [6] * 7
     assert len({sample_key(dataset, row) for row in range(7)}) == 7
+
+
+def test_lines_of_pixels_are_left_out_counted_and_cheap(six, caplog):
+    """As samples and as squares, for which the demo model's parts ask; a third of them is one too many."""
+    for name, size in (("0.png", (1, 5000)), ("1.png", (65000, 1)), ("2.png", (1, 65000)), ("3.png", (40, 30))):
+        Image.new("RGB", size).save(six / name)
+    dataset = ImageTextDataset(six, 512, max_broken=2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert dataset.sample(1, None).index == 3
+    assert "0.png" not in caplog.text and caplog.text.count("pixels are too narrow") == 2
+    assert dataset.square(2, 16).size == (16, 16)
+    with pytest.raises(UserError, match="3 pictures cannot be read, more than --max_broken 2; .* the last: .*0.png"):
+        dataset.square(0, 16)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+def test_a_square_is_what_a_sample_has(six):
+    dataset = ImageTextDataset(six, 16)
+    pixels = np.asarray(dataset.square(2, 16), np.float32).transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_array_equal(pixels, dataset.sample(2, None).pixels)
+    assert pixels[0, 0, 0] == pytest.approx(160 / 127.5 - 1)  # that of row 4
 
 
 def test_a_prompt_may_be_a_line_of_pixels(tmp_path):

@@ -1,15 +1,18 @@
 """Training of the demo model's own networks: losses by their formulas, first weights, every stage end to end."""
 from __future__ import annotations
 
+import argparse
 import runpy
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
+from PIL import Image
 
 from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ModelConfig
+from ip_adapter.dataset import ImageTextDataset
 from ip_adapter.demo_training import (
     KL_WEIGHT,
     STAGES,
@@ -164,6 +167,22 @@ def test_a_saved_model_is_the_model(model, bare, tmp_path):
     path, = save_model(tmp_path / "changed", model, changed)
     block = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2."
     assert (arrays(path)[block + "to_k.weight"] == 2).all() and (arrays(path)[block + "to_k_ip.weight"] == 2).all()
+
+
+@pytest.mark.parametrize("part", ["vae", "controlnet"])
+def test_a_bad_image_does_not_stop_a_part(part, model, world, tmp_path, caplog):
+    """Latents, features and hints are those of the next row that can be read; it is told once."""
+    for path in (*world.glob("*.png"), world / "img_txt.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    Image.new("RGB", (1, 5000)).save(tmp_path / "2.png")
+    args = argparse.Namespace(image_size=32, seed=1, cache_dir=tmp_path / "cache", drop_text_prob=0.0, p2_k=0.0)
+    _, stage_of = STAGES[part]
+    stage = stage_of(model, ImageTextDataset(tmp_path, 32), args)
+    bad, following, other = (stage.make(row, 0) for row in (2, 3, 4))
+    for one, next_one in zip(bad, following):
+        np.testing.assert_array_equal(one, next_one)
+    assert not np.array_equal(bad[part == "controlnet"], other[part == "controlnet"])
+    assert caplog.text.count("1 x 5000 pixels are too narrow") == 1
 
 
 @pytest.mark.slow

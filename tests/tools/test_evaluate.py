@@ -65,6 +65,8 @@ def test_it_goes_on_and_gives_one_table(words, tmp_path, outcome):
     assert f"{results['clip_i'].mean():.3f}   0.828" in table and f"{results['clip_t'].mean():.3f}   0.588" in table
     assert Image.open(out / "sheet.png").size == (3 * 64, 3 * 64)
     assert json.loads((out / "settings.json").read_text())["sampling_steps"] == 2
+    status, said = outcome(MAIN, *words, "--clip_activation", "gelu")
+    assert status == 2 and "holds an evaluation with clip_activation 'quick_gelu' (now 'gelu')" in said
     status, said = outcome(MAIN, *words, "--seed", "7")
     assert status == 2 and re.search("holds an evaluation with seed 42 .now 7.", said)
 
@@ -147,6 +149,7 @@ def test_mistakes(words, standins, tmp_path, outcome):
                             (["--out", "/proc/no/folder"], "--out /proc/no/folder: cannot be written"),
                             (["--out", standins["vae"]], "--out .*: is not a folder"),
                             (["--size", "100"], "multiple of 8"),
+                            (["--clip_activation", "gelu"], "--clip_activation is that of the model --clip names"),
                             (["--varations", "1"], "did you mean --variations")):
         status, said = outcome(MAIN, *words, *flags)
         assert status == 2 and re.search(expected, said.strip().splitlines()[-1]), said
