@@ -24,7 +24,7 @@ from tests.conftest import DATA, MPI_FLAGS, ROOT, arrays, narrow_xl
 
 pytestmark = pytest.mark.slow
 
-TRAIN = ("--data_path {world} --image_size 64 --train_batch_size 2 --ms_mode 1 --cpu_threads 1 --max_steps 6 "
+TRAIN = ("--data_path {world} --image_size 64 --train_batch_size 2 --ms_mode 1 --cpu_threads 1 --max_steps 4 "
          "--ckpt_save_interval 1 --output_path {out}/run")
 TRAIN_SD = f"train_sd.py --pretrained_model_path {{merged}} --version demo {TRAIN}"
 MAKE = "--n_samples 2 --H 64 --W 64 --sampling_steps 2 --output_path {out}/made"
@@ -47,17 +47,17 @@ COMMANDS = {
     "merge SDXL": (4, "tools/merge_ckpts_sdxl.py --sd_xl_base {merged_xl} --open_clip_vit {merged_xl} --ip_adapter "
                       "{merged_xl} --controlnet {merged_xl} --out {out}/merged.safetensors"),
     "convert": (4, "tools/convert_checkpoint.py --source {base} --out {out}/base.ckpt"),
-    "features": (8, f"{TRAIN_SD} --cache_dir {{out}}/cache"),
-    "training": (8, TRAIN_SD),
-    "training SDXL": (10, f"train_sdxl.py --weight {{merged_xl}} --config {{out}}/training.yaml {TRAIN}"),
-    "validation": (10, f"{TRAIN_SD} --validation_interval 1 --validation_count 1 --validation_steps 2"),
-    "mpirun": (15, f"{MPIRUN}{TRAIN_SD} --is_parallel True"),
-    "mpirun, features": (15, f"{MPIRUN}{TRAIN_SD} --is_parallel True --cache_dir {{out}}/cache"),
+    "features": (7, f"{TRAIN_SD} --cache_dir {{out}}/cache"),
+    "training": (6, TRAIN_SD),
+    "training SDXL": (7, f"train_sdxl.py --weight {{merged_xl}} --config {{out}}/training.yaml {TRAIN}"),
+    "validation": (7, f"{TRAIN_SD} --validation_interval 1 --validation_count 1 --validation_steps 2"),
+    "mpirun": (12, f"{MPIRUN}{TRAIN_SD} --is_parallel True"),
+    "mpirun, features": (12, f"{MPIRUN}{TRAIN_SD} --is_parallel True --cache_dir {{out}}/cache"),
     "train_demo": (7, f"tools/train_demo.py --part vae {TRAIN}".replace("64", "32")),
     "evaluate": (8, "tools/evaluate.py --images {world} --weights {merged} --clip {clip} --out {out}/scores --size 64 "
                     "--sampling_steps 2 --variations 2 --count 4 --ms_mode 1"),
     "evaluate_demo": (10, "tools/evaluate_demo.py --out {out}/judged --count 2 --variations 1 --steps 2 --ms_mode 1"),
-    "benchmark": (15, "tools/benchmark.py --version demo --task unet_step --task load --H 64 --W 64 --batch_size 1 "
+    "benchmark": (8, "tools/benchmark.py --version demo --task unet_step --H 64 --W 64 --batch_size 1 "
                       "--steps 2 --repeat 1 --ms_mode 1 --json {out}/speed.json"),
     "prepare_coco": (0.5, "tools/prepare_coco.py --label {label} --image {world} --out {out}/img_txt.csv"),
     "draw_world": (2, "tools/draw_world.py --out {out}/drawn --count 300 --size 64"),
