@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 import subprocess
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -22,13 +23,15 @@ class Side:
 
     Args:
         words: of its command line.
+        temporary: folder for its temporary files, which the caller removes: it is killed if the caller is stopped.
     """
 
-    def __init__(self, words: list):
+    def __init__(self, words: list, temporary: Path | None = None):
         # Importing MindSpore sets OMP_NUM_THREADS=1 behind Python's back, and torch would inherit a single thread.
         # `os.environ` is what the user has set.
         self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=os.environ, preexec_fn=tied_to_parent())
+                                        text=True, preexec_fn=tied_to_parent(),
+                                        env={**os.environ, **({"TMPDIR": str(temporary)} if temporary else {})})
         self.start, self.replies, self.operators = self.reply(), [], None
 
     def __enter__(self) -> Side:

@@ -168,13 +168,19 @@ def existing_file(text: str) -> Path:
 
 def checkpoint_file(text: str) -> Path:
     """An argparse type: a checkpoint; one that is not where it is said to be is looked for where the tools write it."""
-    if text and not os.path.lexists(text):
-        found = sorted({path.resolve() for folder in dict.fromkeys((Path(), ROOT))
-                        for path in folder.glob(f"checkpoints/**/{glob.escape(Path(text).name)}") if path.is_file()})
-        if len(found) == 1:
-            print(f"{printable(text)} does not exist; using {printable(found[0])}", file=sys.stderr)
-            return found[0]
-    return existing_file(text)
+    return _elsewhere(text) or existing_file(text)
+
+
+def _elsewhere(text: str) -> Path | None:
+    """The one file below checkpoints/ that has the name of a missing one, which is said; None if there is none."""
+    if not text or os.path.lexists(text):
+        return None
+    found = sorted({path.resolve() for folder in dict.fromkeys((Path(), ROOT))
+                    for path in folder.glob(f"checkpoints/**/{glob.escape(Path(text).name)}") if path.is_file()})
+    if len(found) != 1:
+        return None
+    print(f"{printable(text)} does not exist; using {printable(found[0])}", file=sys.stderr)
+    return found[0]
 
 
 def existing_folder(text: str) -> Path:
@@ -261,12 +267,16 @@ def add_device_flags(parser: Parser, modes: str) -> None:
 def first_existing(paths, flag: str, advice: str = "name another") -> Path:
     """The first of `paths` that is a file, here or, for those that ship with the project, in its folder.
 
+    A checkpoint that is not where it is said to be is looked for where the tools write it.
+
     Raises:
         UserError: none is.
     """
     for path in (Path(folder) / path for path in paths for folder in (".", ROOT)):
         if path.is_file():
             return path
+    for path in filter(None, (_elsewhere(str(path)) for path in paths)):
+        return path
     raise UserError(f"{flag}: no file {' or '.join(map(str, paths))}; {advice}")
 
 

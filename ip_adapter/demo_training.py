@@ -31,6 +31,7 @@ from ip_adapter.standins import write_standins
 from ip_adapter.training import NoisePredictionLoss
 from ldm.checkpoint_file import open_checkpoint, save_arrays
 from ldm.errors import UserError
+from ldm.files import temporary_folder
 from ldm.modules.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.modules.clip import CLIPImageConfig, CLIPImageTransformer, CLIPTextConfig, CLIPTextTransformer
 from ldm.modules.controlnet import ControlNet
@@ -67,9 +68,9 @@ def demo_start(path: Path, seed: int, family: Family = SD15, image_encoder: Path
         family: of the model.
         image_encoder: checkpoint whose image encoder takes the seeded one's place, or None.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        seeded = Path(folder) / "seeded.ckpt"
-        standins = write_standins(Path(folder), DEMO_XL if family is SDXL else DEMO, seed, family)
+    with temporary_folder(tempfile.gettempdir()) as folder:
+        seeded = folder / "seeded.ckpt"
+        standins = write_standins(folder, DEMO_XL if family is SDXL else DEMO, seed, family)
         replaced = {"controlnet": None, **({"open_clip_vit": image_encoder} if image_encoder else {})}
         merge(family, **{**standins, **replaced}, out=seeded, skip_ip=True)
         with open_checkpoint(seeded) as file:

@@ -23,7 +23,7 @@ _watching = False
 
 def run_script(main: Callable[[], None]) -> None:
     """Run the `main` of a script as the whole of this process: `execute`, with signals handled."""
-    _watch_signals()
+    watch_signals()
     execute(lambda: (prepare_process(), main()))
 
 
@@ -94,14 +94,20 @@ def _say(line: str) -> None:
         print(f"{start}{Path(sys.argv[0]).name}: {printable(' '.join(line.split()))}", file=sys.stderr, flush=True)
 
 
-def _watch_signals() -> None:
+def watch_signals(module: str = "__main__") -> None:
     """Let a thread wait for SIGINT and SIGTERM; no other thread is ever interrupted by them.
+
+    A script that imports much before `run_script` calls this first. A thread that NumPy has started before would take
+    the signal, and the process end without a word.
 
     MindSpore replaces Python's handler of SIGINT once a graph has run, and an exception raised inside a callback of its
     C++ code aborts the process. Blocked in all threads, neither happens: those started later inherit the mask.
+
+    Args:
+        module: that calls this; nothing happens unless it is the program.
     """
     global _watching
-    if _watching or threading.current_thread() is not threading.main_thread():
+    if module != "__main__" or _watching or threading.current_thread() is not threading.main_thread():
         return
     _watching = True
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -15,9 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from ldm.errors import UserError
@@ -30,7 +29,7 @@ MEETING_SECONDS = 60  # how long a process waits for rank 0 to say where the sch
 # compiles for minutes, and nothing else of that process runs meanwhile.
 NODE_TIMEOUT_SECONDS = 1800
 _parent = os.getppid()  # at the start, to notice when it is gone
-_scheduler: list = []  # the process that rank 0 has started, and the file that names its port
+_scheduler: list = []  # the process that rank 0 has started
 _joined: list = []  # the group, once joined
 _local_size = 1  # processes of this job on this machine
 _adopted = False  # whether mpirun's variables were turned into MindSpore's
@@ -78,16 +77,17 @@ def adopt_open_mpi() -> None:
     _adopted = True
     _end_with_parent(signal.SIGTERM)
     job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_ess_base_jobid", str(os.getppid()))
-    name = hashlib.sha256(f"{os.getuid()} {job} {os.getppid()}".encode()).hexdigest()[:16]
-    meeting = Path(tempfile.gettempdir()) / f"ip_adapter-{name}.port"
+    # The address of a socket that is no file: it is gone with rank 0, whatever happens.
+    meeting = "\0ip_adapter-" + hashlib.sha256(f"{os.getuid()} {job} {os.getppid()}".encode()).hexdigest()[:16]
     for variable in [v for v in os.environ if v.startswith(("OMPI_", "PMIX_", "PRTE_"))]:
         del os.environ[variable]
     os.environ.update(MS_ROLE="MS_WORKER", MS_WORKER_NUM=str(size), MS_NODE_ID=rank, MS_SCHED_HOST="127.0.0.1")
     if rank == "0":
         os.environ["MS_SCHED_PORT"] = str(_free_port())
-        _start_scheduler(meeting)
+        _start_scheduler()
+        _tell_port(meeting, size - 1)
     else:
-        os.environ["MS_SCHED_PORT"] = _read_port(meeting)
+        os.environ["MS_SCHED_PORT"] = _ask_port(meeting)
 
 
 def _free_port() -> int:
@@ -96,16 +96,29 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start_scheduler(meeting: Path) -> None:
+def _start_scheduler() -> None:
     """A process that only introduces the others; it dies with this one, whatever happens."""
     program = "from mindspore import communication; communication.init('mccl')"
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "MS_ROLE": "MS_SCHED"},
                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                preexec_fn=tied_to_parent(), start_new_session=True)
-    unfinished = meeting.with_suffix(".tmp")
-    unfinished.write_text(os.environ["MS_SCHED_PORT"])
-    unfinished.replace(meeting)
-    _scheduler.append((process, meeting))
+    _scheduler.append(process)
+
+
+def _tell_port(meeting: str, others: int) -> None:
+    """Let a thread answer the other processes that ask for the scheduler's port."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(meeting)
+    listener.listen(others)
+    port = os.environ["MS_SCHED_PORT"].encode()
+
+    def answer() -> None:
+        with listener:
+            for _ in range(others):
+                with contextlib.suppress(OSError), listener.accept()[0] as other:
+                    other.sendall(port)
+
+    threading.Thread(target=answer, name="meeting", daemon=True).start()
 
 
 def _end_with_parent(number: int) -> None:
@@ -138,13 +151,16 @@ def lost_each_other(error: RuntimeError) -> bool:
     return bool(_joined) and _joined[0].size > 1
 
 
-def _read_port(meeting: Path) -> str:
+def _ask_port(meeting: str) -> str:
     deadline = time.time() + MEETING_SECONDS
-    while not meeting.exists():
-        if time.time() > deadline:
-            sys.exit("the first process of this mpirun has not started within a minute")
+    while time.time() < deadline:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as asking:
+            asking.connect(meeting)
+            port = asking.recv(16).decode()
+            if port:  # otherwise rank 0 has just ended
+                return port
         time.sleep(0.05)
-    return meeting.read_text()
+    sys.exit("the first process of this mpirun has not started within a minute")
 
 
 def job_size() -> int:
@@ -188,13 +204,15 @@ def join() -> Group:
     if "MS_ROLE" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
         raise UserError("--is_parallel True: this process was started alone; start it as `mpirun -n 2 python "
                         "SCRIPT.py ...` or `msrun --worker_num=2 --local_worker_num=2 --join=True SCRIPT.py ...`")
+    if _adopted:  # MindSpore lets no other thread run while it waits for the others, so nobody would hear SIGTERM
+        _end_with_parent(signal.SIGKILL)
     try:
         communication.init("hccl" if on_ascend() else "mccl")
     except RuntimeError as error:
         raise UserError(f"--is_parallel True: the processes cannot reach each other ({str(error).splitlines()[0]})"
                         ) from None
-    for _, meeting in _scheduler:
-        meeting.unlink()  # all have read it
+    if _adopted:
+        _end_with_parent(signal.SIGTERM)
     _joined.append(Group(communication.get_rank(), communication.get_group_size()))
     return _joined[0]
 
@@ -237,7 +255,7 @@ def leave(status: int) -> None:
         return
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    for process, _ in _scheduler:
+    for process in _scheduler:
         process.kill()
         process.wait()
     os._exit(status)

@@ -19,6 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
+from ip_adapter.script import run_script, watch_signals  # noqa: E402
+
+watch_signals(__name__)
+
 from ip_adapter.benchmark_settings import (  # noqa: E402
     ALONE,
     NO_NETWORK,
@@ -45,9 +49,8 @@ from ip_adapter.cli import (  # noqa: E402
 from ip_adapter.config import ROOT, InferenceConfig, ModelConfig  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
 from ip_adapter.inference_cli import DEMOS, EITHER, add_shortcut_flags  # noqa: E402
-from ip_adapter.script import run_script  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
-from ldm.files import check_apart, printable, replacing, write_text  # noqa: E402
+from ldm.files import check_apart, printable, replacing, temporary_folder, write_text  # noqa: E402
 
 REFERENCE = ROOT / "tests" / "record" / "reference_benchmark.py"
 DEVICE_FLAGS = "device_target", "ms_mode", "dtype", "cpu_threads"
@@ -115,7 +118,8 @@ def main(argv: list | None = None) -> None:
                and (not args.operators or task not in NO_NETWORK)]
     from ip_adapter.benchmark_rows import COLUMNS, operator_lines, plot, table_line
     with ExitStack() as stack:
-        folder = args.standins or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        temporary = stack.enter_context(temporary_folder(tempfile.gettempdir()))
+        folder = args.standins or temporary
         if not args.weights:
             demo = version in DEMOS and not args.against
             args.weights = first_existing(config.ckpt_path, "--weights") if demo else write_weights(version, folder)
@@ -124,7 +128,7 @@ def main(argv: list | None = None) -> None:
         for task, value in itertools.product(args.task or unasked, values):
             for name in SWEPT.get(swept, ()):
                 setattr(args, name, value)
-            rows.append(measure(args, task, folder, config.model))
+            rows.append(measure(args, task, folder, config.model, temporary))
             print("\n".join([table_line(rows[-1], f"{swept}={value}" if swept else ""),
                              *operator_lines(rows[-1], args.operators)]), flush=True)
             if args.json:
@@ -204,7 +208,7 @@ def given(args: argparse.Namespace, *flags: str) -> list:
     return [word for flag in flags if getattr(args, flag) is not None for word in (f"--{flag}", getattr(args, flag))]
 
 
-def take_turns(processes: list, times: int, profiled: bool, bounded: bool) -> list:
+def take_turns(processes: list, times: int, profiled: bool, bounded: bool, temporary: Path) -> list:
     """Start processes and let each do its work so often, the first once more for its operators, if asked.
 
     That is in turns, so that a change of the machine's speed meets all of them. If they turn out to hold more than
@@ -214,7 +218,7 @@ def take_turns(processes: list, times: int, profiled: bool, bounded: bool) -> li
     from ip_adapter.benchmark import physical_memory
     from ip_adapter.benchmark_rows import Side
     with ExitStack() as stack:
-        sides = [stack.enter_context(Side(words)) for words in processes]
+        sides = [stack.enter_context(Side(words, temporary)) for words in processes]
         for side in sides:
             side.work()
         held = sum(side.replies[0]["peak_memory_bytes"] for side in sides)
@@ -226,11 +230,12 @@ def take_turns(processes: list, times: int, profiled: bool, bounded: bool) -> li
                 sides[0].profile()
             return sides
     logging.info("both sides hold %.1f GiB, too much for this machine: one after the other", held / 2**30)
-    return [side for n, words in enumerate(processes) for side in take_turns([words], times, profiled and n == 0, True)]
+    return [side for n, words in enumerate(processes)
+            for side in take_turns([words], times, profiled and n == 0, True, temporary)]
 
 
-def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelConfig) -> dict:
-    """One row: the work here, and if asked there."""
+def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelConfig, temporary: Path) -> dict:
+    """One row: the work here, and if asked there; `temporary` is for the files of the processes that do it."""
     setting = asdict(setting_from(args, task))
     processes = [[sys.executable, __file__, "--worker", "--task", task,
                   *given(args, "version", "batch_size", "H", "W", "steps", "weights", "config", *DEVICE_FLAGS,
@@ -244,7 +249,7 @@ def measure(args: argparse.Namespace, task: str, standins: Path, model: ModelCon
                           args.cpu_threads])
     times = 1 if task in ("load", "merge") else args.repeat + 1
     # A command holds nothing between its turns.
-    sides = take_turns(processes, times, args.operators is not None, task not in NO_NETWORK)
+    sides = take_turns(processes, times, args.operators is not None, task not in NO_NETWORK, temporary)
     by_step = task.startswith("train") or task in ("unet_step", "read")  # others make a batch in all their steps
     images = setting["batch_size"] * (setting["steps"] if by_step else 1)
     steps = 1 if task == "command" else setting["steps"]  # what a command takes is not its steps alone

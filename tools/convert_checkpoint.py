@@ -11,8 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
+from ip_adapter.script import run_script, watch_signals  # noqa: E402
+
+watch_signals(__name__)
+
 from ip_adapter.cli import Parser, checkpoint_file, output_checkpoint, start_logging  # noqa: E402
-from ip_adapter.script import run_script  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:

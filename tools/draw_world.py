@@ -11,10 +11,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
+
+from ip_adapter.script import run_script, watch_signals  # noqa: E402
+
+watch_signals(__name__)
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from ip_adapter.cli import Parser, in_range, start_logging  # noqa: E402
 from ip_adapter.drawn_world import (  # noqa: E402
@@ -25,7 +29,6 @@ from ip_adapter.drawn_world import (  # noqa: E402
     random_scene,
     training_caption,
 )
-from ip_adapter.script import run_script  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import check_writable, printable, reason, temporary_folder  # noqa: E402
 

@@ -11,6 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
+from ip_adapter.script import run_script, watch_signals  # noqa: E402
+
+watch_signals(__name__)
+
 from ip_adapter.cli import (  # noqa: E402
     Parser,
     add_config_flags,
@@ -28,7 +32,6 @@ from ip_adapter.cli import (  # noqa: E402
 from ip_adapter.config import InferenceConfig, SamplingConfig  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
 from ip_adapter.inference_cli import EITHER, INFERENCE_SDXL  # noqa: E402
-from ip_adapter.script import run_script  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
+from ip_adapter.script import run_script, watch_signals  # noqa: E402
+
+watch_signals(__name__)
 
 from ip_adapter.cli import (  # noqa: E402
     Parser,
@@ -29,7 +32,6 @@ from ip_adapter.cli import (  # noqa: E402
 from ip_adapter.config import InferenceConfig, SamplingConfig  # noqa: E402
 from ip_adapter.demo_tasks import TASKS  # noqa: E402
 from ip_adapter.inference_cli import DEMOS  # noqa: E402
-from ip_adapter.script import run_script  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import write_text  # noqa: E402
 

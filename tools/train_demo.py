@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
+from ip_adapter.script import run_script, watch_signals  # noqa: E402
+
+watch_signals(__name__)
+
 from ip_adapter.cli import config_from, existing_file, first_existing  # noqa: E402
 from ip_adapter.config import TrainingConfig  # noqa: E402
-from ip_adapter.script import run_script  # noqa: E402
 from ip_adapter.training_cli import TRAINING_DEMO, start_training, training_parser  # noqa: E402
 from ldm.parallel import Group  # noqa: E402
 
