@@ -108,7 +108,7 @@ def with_png(argv: list | None, script: str) -> list | None:
     words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     early = Parser("")
     early.add_argument("--from_png")
-    found, _ = early.parse_known_args(early.own_names(words))
+    found, _ = early.parse_known_args([word for word in early.own_names(words) if word not in ("-h", "--help")])
     if found.from_png is None:
         return argv
     made = _made_by(found.from_png)
