@@ -53,7 +53,7 @@ COMMANDS = {
     "validation": (7, f"{TRAIN_SD} --validation_interval 1 --validation_count 1 --validation_steps 2"),
     "mpirun": (12, f"{MPIRUN}{TRAIN_SD} --is_parallel True"),
     "mpirun, features": (12, f"{MPIRUN}{TRAIN_SD} --is_parallel True --cache_dir {{out}}/cache"),
-    "train_demo": (7, f"tools/train_demo.py --part vae {TRAIN}".replace("64", "32")),
+    "train_demo": (7, f"tools/train_demo.py --part vae {TRAIN}".replace("64", "32").replace("world", "drawings")),
     "evaluate": (8, "tools/evaluate.py --images {world} --weights {merged} --clip {clip} --out {out}/scores --size 64 "
                     "--sampling_steps 2 --variations 2 --count 4 --ms_mode 1"),
     "evaluate_demo": (10, "tools/evaluate_demo.py --out {out}/judged --count 2 --variations 1 --steps 2 --ms_mode 1"),
@@ -79,7 +79,9 @@ def inputs(standins, merged_control, merged_xl, world, tmp_path_factory) -> dict
     (folder / "label.json").write_text(json.dumps({
         "images": [{"id": n, "file_name": f"{n}.png"} for n in range(6)],
         "annotations": [{"image_id": n % 6, "caption": f"number {n}"} for n in range(100_000)]}))
-    return {**standins, "merged": merged_control, "merged_xl": merged_xl, "world": world,
+    drawings = shutil.copytree(world, folder / "drawings")
+    shutil.copy(world / "6.png", drawings / "7.png")  # which is missing there
+    return {**standins, "merged": merged_control, "merged_xl": merged_xl, "world": world, "drawings": drawings,
             "clip": folder / "clip.safetensors", "label": folder / "label.json", "image": DATA / "input.png",
             "mask": DATA / "mask.png", "hint": DATA / "hint.png"}
 
