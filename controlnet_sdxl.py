@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ip_adapter.script import run_script
+from ip_adapter.cli.script import run_script
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -18,8 +18,7 @@ SCRIPT = "controlnet_sdxl.py"
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, then make the images."""
-    from ip_adapter.families import SDXL
-    from ip_adapter.inference_cli import (
+    from ip_adapter.cli.inference import (
         INFERENCE_SDXL,
         add_edm_flags,
         inference_args,
@@ -27,6 +26,7 @@ def main(argv: list | None = None) -> None:
         inference_parser,
         start,
     )
+    from ip_adapter.families import SDXL
     version, config = inference_config(argv, INFERENCE_SDXL, SCRIPT)
     parser = inference_parser(__doc__, version, config, controlled=True, family=SDXL)
     add_edm_flags(parser, config)
@@ -41,8 +41,8 @@ def make(args: Namespace, config: InferenceConfig) -> None:
     from gm.denoiser import starting_noise, timesteps_of
     from gm.discretizer import discretize
     from gm.sampler import SAMPLERS
-    from ip_adapter.inputs import open_inputs
-    from ip_adapter.run import open_run
+    from ip_adapter.inference.inputs import open_inputs
+    from ip_adapter.inference.run import open_run
     inputs, args.scale = open_inputs(args), guidance(args.guider, args.scale)
     schedule = config.model.schedule()
     sigmas = discretize(args.discretization, args.sampling_steps, schedule=schedule)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ip_adapter.script import run_script
+from ip_adapter.cli.script import run_script
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -18,8 +18,7 @@ SCRIPT = "image_inpainting_sd.py"
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, then make the images."""
-    from ip_adapter.cli import in_range
-    from ip_adapter.inference_cli import (
+    from ip_adapter.cli.inference import (
         INFERENCE_SD,
         REFERENCE_NAMES,
         add_image,
@@ -29,6 +28,7 @@ def main(argv: list | None = None) -> None:
         inference_parser,
         start,
     )
+    from ip_adapter.cli.parser import in_range
     version, config = inference_config(argv, INFERENCE_SD, SCRIPT)
     parser = inference_parser(__doc__, version, config, other_names=REFERENCE_NAMES)
     add_image(parser, "--ref_img", config.ref_img, "the image to repaint; its size is that of the output")
@@ -43,11 +43,11 @@ def main(argv: list | None = None) -> None:
 
 def make(args: Namespace, config: InferenceConfig) -> None:
     """Build the model and make the images; MindSpore is imported here, once the flags are found good."""
-    from ip_adapter.inputs import open_inputs
-    from ip_adapter.reference import Reference
-    from ip_adapter.run import open_run
-    from ldm.ddim import sample_ddim
-    from ldm.schedule import leading_timesteps
+    from ip_adapter.inference.inputs import open_inputs
+    from ip_adapter.inference.reference import Reference
+    from ip_adapter.inference.run import open_run
+    from ldm.sampling.ddim import sample_ddim
+    from ldm.sampling.schedule import leading_timesteps
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps, args.strength)
     run, model = open_run(args, config, inputs, timesteps)
     schedule = model.diffusion.schedule

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ip_adapter.script import run_script
+from ip_adapter.cli.script import run_script
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -18,7 +18,7 @@ SCRIPT = "image_variation_sd.py"
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, then make the images."""
-    from ip_adapter.inference_cli import INFERENCE_SD, inference_args, inference_config, inference_parser, start
+    from ip_adapter.cli.inference import INFERENCE_SD, inference_args, inference_config, inference_parser, start
     version, config = inference_config(argv, INFERENCE_SD, SCRIPT)
     args = inference_args(inference_parser(__doc__, version, config), argv, SCRIPT)
     start(args)
@@ -27,10 +27,10 @@ def main(argv: list | None = None) -> None:
 
 def make(args: Namespace, config: InferenceConfig) -> None:
     """Build the model and make the images; MindSpore is imported here, once the flags are found good."""
-    from ip_adapter.inputs import open_inputs
-    from ip_adapter.run import open_run
-    from ldm.ddim import sample_ddim
-    from ldm.schedule import leading_timesteps
+    from ip_adapter.inference.inputs import open_inputs
+    from ip_adapter.inference.run import open_run
+    from ldm.sampling.ddim import sample_ddim
+    from ldm.sampling.schedule import leading_timesteps
     inputs, timesteps = open_inputs(args), leading_timesteps(args.sampling_steps)
     run, model = open_run(args, config, inputs, timesteps)
     schedule = model.diffusion.schedule

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ip_adapter.script import run_script
+from ip_adapter.cli.script import run_script
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ SCRIPT = "image_variation_sdxl.py"
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, then make the images."""
-    from ip_adapter.cli import existing_file, in_range
-    from ip_adapter.families import SDXL
-    from ip_adapter.inference_cli import (
+    from ip_adapter.cli.inference import (
         INFERENCE_SDXL,
         PROMPT_NAMES,
         REFERENCE_NAMES,
@@ -33,6 +31,8 @@ def main(argv: list | None = None) -> None:
         inference_parser,
         start,
     )
+    from ip_adapter.cli.parser import existing_file, in_range
+    from ip_adapter.families import SDXL
     version, config = inference_config(argv, INFERENCE_SDXL, SCRIPT)
     parser = inference_parser(__doc__, version, config, family=SDXL, other_names={**REFERENCE_NAMES, **PROMPT_NAMES})
     add_edm_flags(parser, config)
@@ -57,9 +57,9 @@ def make(args: Namespace, config: InferenceConfig) -> None:
     from gm.denoiser import add_noise, starting_noise, timesteps_of
     from gm.discretizer import discretize
     from gm.sampler import SAMPLERS
-    from ip_adapter.inputs import open_inputs
-    from ip_adapter.reference import Reference
-    from ip_adapter.run import open_run
+    from ip_adapter.inference.inputs import open_inputs
+    from ip_adapter.inference.reference import Reference
+    from ip_adapter.inference.run import open_run
     inputs, args.scale = open_inputs(args), guidance(args.guider, args.scale)
     strength, schedule = 1.0 if args.ref_img is None else args.strength, config.model.schedule()
     sigmas = discretize(args.discretization, args.sampling_steps, strength, schedule)

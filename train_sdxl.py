@@ -5,13 +5,13 @@ python train_sdxl.py --data_path datasets/pokemon_blip/train \
 """
 from __future__ import annotations
 
-from ip_adapter.script import run_script
+from ip_adapter.cli.script import run_script
 
 
 def main(argv: list | None = None) -> None:
     """Parse the flags, build the model, train, save."""
+    from ip_adapter.cli.training import training_script
     from ip_adapter.families import SDXL
-    from ip_adapter.training_cli import training_script
     training_script(__doc__, SDXL, argv)
 
 

@@ -6,7 +6,7 @@ from typing import Callable
 import numpy as np
 from mindspore import Tensor
 
-from ldm.schedule import NoiseSchedule
+from ldm.sampling.schedule import NoiseSchedule
 
 
 class Denoiser:

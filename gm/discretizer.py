@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm.schedule import TRAIN_STEPS, NoiseSchedule, kept_steps, leading_timesteps
+from ldm.sampling.schedule import TRAIN_STEPS, NoiseSchedule, kept_steps, leading_timesteps
 
 RHO = 7.0  # of the EDM levels
 

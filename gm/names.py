@@ -1,8 +1,8 @@
 """Names on disk of what only SDXL has: its two text encoders; its UNet keeps the network's own names."""
 from __future__ import annotations
 
-from ldm.layout import Layout
-from ldm.names import (
+from ldm.checkpoints.layout import Layout
+from ldm.checkpoints.names import (
     CONTROLNET_PREFIX,
     HUGGING_FACE_BLOCKS,
     HUGGING_FACE_LAYERS,

@@ -5,7 +5,7 @@ Each is a generator of x after every step, S in all, so that the caller owns the
     x: (B, C, H, W) float32 at the first level.
     sigmas: (S + 1,) falling, the last one 0 (`gm.discretizer.discretize`).
     fresh_noise: () -> noise like x, unit variance; only ancestral samplers call it.
-    keep: called after each step with x and its level (None when clean), returns x; see `ldm.ddim.KeptRegion`.
+    keep: called after each step with x and its level (None when clean), returns x; see `ldm.sampling.ddim.KeptRegion`.
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Configuration: YAML files checked against dataclasses; an unknown key, a wrong type or a value out of range stops
 the run. What a value may be stands beside its default, and holds for the flag of the same name too.
 
-The sizes of networks are not configured: they are read off the checkpoint (`ldm/architecture.py`).
+The sizes of networks are not configured: they are read off the checkpoint (`ldm/checkpoints/architecture.py`).
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm.errors import UserError
 from ldm.files import check_readable, printable, reason
 
 if TYPE_CHECKING:  # command lines read configurations before anything large is imported
-    from ldm.schedule import NoiseSchedule
+    from ldm.sampling.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "train_resume.ckpt"  # of a training, beside what it publishes: all that the next step depends on
@@ -96,7 +96,7 @@ class ModelConfig:
 
     def schedule(self) -> NoiseSchedule:
         """The noise the model was trained with, and what it predicts."""
-        from ldm.schedule import NoiseSchedule
+        from ldm.sampling.schedule import NoiseSchedule
         return NoiseSchedule(self.beta_start, self.beta_end, self.prediction)
 
 

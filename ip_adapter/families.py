@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from gm.names import CONTROLNET_SDXL, TEXT_G_SDXL, TEXT_G_TORCH, TEXT_L_SDXL, TEXT_L_TORCH, UNET_SDXL
 from ip_adapter.names import IMAGE_ATTENTION, image_encoder_mindspore, image_proj_mindspore
-from ldm.layout import Layout
-from ldm.names import (
+from ldm.checkpoints.layout import Layout
+from ldm.checkpoints.names import (
     CONTROLNET_PREFIX,
     CONTROLNET_SD15,
     TEXT_SD15,

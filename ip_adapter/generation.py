@@ -6,7 +6,7 @@ from typing import Callable, Sequence
 import numpy as np
 from mindspore import Tensor
 
-from ip_adapter.build import ImagePromptModel
+from ip_adapter.weights.loading import ImagePromptModel
 from ldm.model import Control
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from ldm.checkpoint import View
+from ldm.checkpoints.loading import View
 from ldm.modules.clip import CLIPImageTransformer
 from ldm.modules.layers import LayerNorm, Linear
 

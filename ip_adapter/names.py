@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import re
 
-from ldm.layout import Layout
-from ldm.names import HUGGING_FACE_BLOCKS, HUGGING_FACE_QKV, IDLE, TORCH_NORMS
+from ldm.checkpoints.layout import Layout
+from ldm.checkpoints.names import HUGGING_FACE_BLOCKS, HUGGING_FACE_QKV, IDLE, TORCH_NORMS
 
 
 def image_encoder_mindspore(embedder: str) -> Layout:

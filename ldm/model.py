@@ -8,7 +8,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from ldm.ddim import sample_ddim
 from ldm.device import finished
 from ldm.errors import UserError
 from ldm.modules.autoencoder import AutoencoderKL
@@ -17,7 +16,8 @@ from ldm.modules.controlnet import ControlNet
 from ldm.modules.operators import repeated_like
 from ldm.modules.tokenizer import CLIPTokenizer
 from ldm.modules.unet import UNetModel
-from ldm.schedule import NoiseSchedule, leading_timesteps
+from ldm.sampling.ddim import sample_ddim
+from ldm.sampling.schedule import NoiseSchedule, leading_timesteps
 
 
 class GuidedDenoiser(nn.Cell):

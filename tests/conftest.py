@@ -3,13 +3,7 @@ from __future__ import annotations
 
 import csv
 import os
-import re
-import subprocess
-import sys
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import pytest
@@ -19,31 +13,12 @@ from ldm.parallel import prepare_process
 
 prepare_process()  # before MindSpore is imported
 
-from mindspore import Tensor  # noqa: E402
-
-from ip_adapter.drawn_world import caption, draw, random_scene  # noqa: E402
-from ip_adapter.families import SD15, SDXL, Family  # noqa: E402
-from ip_adapter.merge import merge  # noqa: E402
-from ip_adapter.parts import ModelSizes  # noqa: E402
-from ip_adapter.script import execute  # noqa: E402
-from ip_adapter.standins import MINIATURE, MINIATURE_XL, write_standins  # noqa: E402
-from ldm.checkpoint_file import open_checkpoint  # noqa: E402
+from ip_adapter.cli.script import execute  # noqa: E402
+from ip_adapter.demo.scenes import caption, draw, random_scene  # noqa: E402
+from ip_adapter.families import SDXL  # noqa: E402
+from ip_adapter.weights.dummy import MINIATURE_XL, write_standins  # noqa: E402
 from ldm.device import start_device  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(__file__).resolve().parent / "data"
-MPI_FLAGS = ["--allow-run-as-root", "--oversubscribe"]
-
-RNG = np.random.default_rng(0)
-
-
-def shallow(sizes: ModelSizes) -> ModelSizes:
-    """The same with half of the blocks, for what scripts do with networks; numbers were recorded with all of them."""
-    unet = replace(sizes.unet, channel_mult=(1, 2), transformer_depth=(0, 1), middle_depth=1)
-    return replace(sizes, unet=unet, vae=replace(sizes.vae, num_res_blocks=1))
-
-
-SHALLOW, SHALLOW_XL = shallow(MINIATURE), shallow(MINIATURE_XL)
+from tests.support.dummies import SHALLOW, SHALLOW_XL, merged_file, write_csv  # noqa: E402
 
 # Tests side by side (-n 2) share the cores out: networks this small take twice as long on threads that wait for cores.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
@@ -66,13 +41,6 @@ def cache_of_these_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def merged_file(folder: Path, standins: dict, family: Family = SD15) -> Path:
-    """The checkpoint that stand-ins are merged into, under its usual name."""
-    path = folder / {"SD-1.5": "sd_v1.5_ip_adapter.ckpt", "SDXL": "sd_xl_base_1.0_ms_ip_adapter.ckpt"}[family.name]
-    merge(family, **standins, out=path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -162,132 +130,6 @@ def outcome(capfd):
     return call
 
 
-def shell(*words, cwd) -> subprocess.CompletedProcess:
-    """Run a command in a process of its own, with this Python and the mpirun beside it; also as root, on few cores."""
-    here = {"python": [sys.executable], "mpirun": [Path(sys.executable).parent / "mpirun", *MPI_FLAGS]}
-    with every_core() if "mpirun" in words else nullcontext():
-        words = [str(part) for word in words for part in here.get(word, [word])]
-        return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=600)
-
-
-@contextmanager
-def every_core() -> Iterator[None]:
-    """Jobs of several processes that are started here may use all cores, not only that of the test."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, range(os.cpu_count()))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, own)
-
-
-def arrays(path) -> dict:
-    """All tensors of a checkpoint file."""
-    with open_checkpoint(path) as file:
-        return {name: file.read(name) for name in file.tensors}
-
-
-def narrow_xl(name: str, path: Path) -> Path:
-    """Write a configuration of SDXL for the stand-ins, whose heads are narrower; `name` is below configs/."""
-    path.write_text((ROOT / "configs" / name).read_text().replace("num_head_channels: 64", "num_head_channels: 32"))
-    return path
-
-
-def assert_adapter_is_used(outcome, main, words: list, checkpoints: tuple, adapter: Path, folder: Path) -> None:
-    """A finetuned adapter makes one picture, merged or given in either format, and another than before.
-
-    Args:
-        outcome: the fixture.
-        main: of an inference script.
-        words: flags of one small picture.
-        checkpoints: merged with the adapter, and with the one before.
-        adapter: its .ckpt, beside which is its .safetensors.
-        folder: to write into.
-    """
-    full, before = checkpoints
-    for checkpoint, flags in ((full, []), (before, ["--ip_adapter", adapter]),
-                              (before, ["--ip_adapter", adapter.with_suffix(".safetensors")]), (before, [])):
-        status, said = outcome(main, *words, "--ckpt_path", checkpoint, *flags, "--img", DATA / "input.png",
-                               "--H", "64", "--W", "64", "--sampling_steps", "2", "--n_samples", "1",
-                               "--output_path", folder)
-        assert status == 0, said
-    one, two, three, untrained = pictures(folder)
-    np.testing.assert_array_equal(one, two)
-    np.testing.assert_array_equal(one, three)
-    assert not np.array_equal(one, untrained)
-
-
-def assert_equal(a: dict, b: dict) -> None:
-    """The same names, and under each the same array."""
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def log_of(folder) -> list:
-    """The rows of a training's log."""
-    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def reference() -> dict:
-    """Numbers recorded with diffusers on the stand-ins (tests/record/record_sd.sh)."""
-    with np.load(DATA / "sd_reference.npz") as recorded, np.load(DATA / "sd_control_reference.npz") as control:
-        return {**recorded, **control}
-
-
-def psnr(a, b) -> float:
-    """Peak signal-to-noise ratio of 8-bit pictures in dB."""
-    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
-
-
-def pictures(folder) -> list:
-    """The single pictures a run wrote, as arrays."""
-    return [np.asarray(Image.open(path)) for path in sorted((Path(folder) / "samples").glob("*.png"))]
-
-
-def overridden(words: list, flags: list) -> list:
-    """The words of a command line with these flags in place of those of the same name."""
-    kept, dropping = [], False
-    for word in words:
-        if str(word).startswith("--"):
-            dropping = word in flags
-        if not dropping:
-            kept.append(word)
-    return [*kept, *flags]
-
-
-def assert_mistakes(outcome, main, words: list, cases: dict, folder: Path) -> None:
-    """Each case is answered with one line and status 2, and leaves nothing behind.
-
-    Args:
-        outcome: the fixture.
-        main: the script's.
-        words: flags that would work.
-        cases: name -> (flags that spoil them, pattern of the line).
-        folder: where the cases' files are.
-    """
-    failed, out = [], folder.parent / "out"
-    for name, (flags, expected) in cases.items():
-        before = set(folder.iterdir())
-        status, said = outcome(main, *overridden([*words, "--output_path", out], flags))
-        line = said.strip().splitlines()[-1] if said.strip() else ""
-        if status != 2 or not re.search(expected, line) or "Traceback" in said:
-            failed.append(f"{name}: status {status}, said {said!r}")
-        if set(folder.iterdir()) != before or out.exists():
-            failed.append(f"{name}: left something behind")
-    assert not failed, "\n".join(failed)
-
-
-def write_csv(folder, text: str, name: str = "img_txt.csv"):
-    (folder / name).write_bytes(text.encode())
-    return folder
-
-
 @pytest.fixture
 def six(tmp_path):
     """Six pictures of 40 x 30 of one grey each, and captions; the third and fourth cannot be read."""
@@ -298,12 +140,3 @@ def six(tmp_path):
     return write_csv(tmp_path, "dir,text\n" + "".join(f"{i}.png,picture {i}\n" for i in range(6)))
 
 
-def normal(*shape) -> np.ndarray:
-    """Standard normal float32 numbers, the next of one stream."""
-    return RNG.standard_normal(shape).astype(np.float32)
-
-
-def fill(cell) -> None:
-    """Random values for all parameters, so that no bias or gain is trivial."""
-    for _, parameter in cell.parameters_and_names():
-        parameter.set_data(Tensor(normal(*parameter.shape), parameter.dtype))

@@ -11,9 +11,11 @@ import image_inpainting_sd
 import image_variation_sd
 from controlnet_sd import main
 from ip_adapter.families import SD15
-from ip_adapter.merge import merge
-from ip_adapter.standins import MINIATURE, write_standins
-from tests.conftest import DATA, SHALLOW, assert_mistakes, pictures, psnr
+from ip_adapter.weights.dummy import MINIATURE, write_standins
+from ip_adapter.weights.merging import merge
+from tests.support.arrays import DATA, pictures, psnr
+from tests.support.dummies import SHALLOW
+from tests.support.scripts import assert_mistakes
 
 RECORDED = ["--img", DATA / "input.png", "--latents", DATA / "sd_latents.npy", "--H", "72", "--W", "104",
             "--sampling_steps", "7", "--prompt", "a red circle", "--ip_scale", "0.8", "--n_samples", "2"]

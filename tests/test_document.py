@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 
 from ip_adapter.families import SDXL
-from ip_adapter.parts import ModelSizes
-from ip_adapter.standins import write_standins
-from tests.conftest import DATA, ROOT, SHALLOW, SHALLOW_XL, arrays, every_core
+from ip_adapter.weights.dummy import write_standins
+from ip_adapter.weights.parts import ModelSizes
+from tests.support.arrays import DATA, arrays
+from tests.support.dummies import SHALLOW, SHALLOW_XL
+from tests.support.scripts import ROOT, every_core
 
 pytestmark = pytest.mark.slow
 

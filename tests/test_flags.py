@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ip_adapter import cli
-from tests.conftest import DATA, ROOT
+from ip_adapter.cli import parser as cli
+from tests.support.arrays import DATA
+from tests.support.scripts import ROOT
 
 # Words without which a parser is not made or asks for something else first.
 SCRIPTS = {**{f"{name}.py": [] for name in ("image_variation_sd", "image_variation_sdxl", "image_to_image_sd",

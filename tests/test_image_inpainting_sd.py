@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from image_inpainting_sd import main
-from tests.conftest import DATA, ROOT, assert_mistakes, overridden, pictures, psnr, shell
+from tests.support.arrays import DATA, pictures, psnr
+from tests.support.scripts import ROOT, assert_mistakes, overridden, shell
 
 
 @pytest.fixture

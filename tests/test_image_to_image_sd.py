@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from image_to_image_sd import main
-from tests.conftest import DATA, assert_mistakes, pictures, psnr
+from tests.support.arrays import DATA, pictures, psnr
+from tests.support.scripts import assert_mistakes
 
 REFERENCE = ["--ref_img", DATA / "input.png", "--sampling_steps", "4", "--n_samples", "1"]
 

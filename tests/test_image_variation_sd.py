@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ip_adapter.run as run
+import ip_adapter.inference.run as run
 from image_variation_sd import main
-from ldm.checkpoint_file import save_arrays
+from ldm.checkpoints.file import save_arrays
 from ldm.model import LatentDiffusion
-from tests.conftest import DATA, ROOT, arrays, assert_mistakes, pictures, psnr, shell
+from tests.support.arrays import DATA, arrays, pictures, psnr
+from tests.support.scripts import ROOT, assert_mistakes, shell
 
 SMALL = ["--H", "64", "--W", "64", "--sampling_steps", "2"]
 
@@ -205,7 +206,7 @@ def test_every_mistake_is_one_line_and_leaves_nothing(merged, standins, tmp_path
 
 def test_an_image_that_is_not_finite_is_no_image(merged, tmp_path, outcome, monkeypatch):
     """As float16 weights that overflow make it; a flat image with status 0 helps nobody."""
-    monkeypatch.setattr("ldm.ddim.sample_ddim", lambda denoise, x, *_: iter([x * float("nan")]))
+    monkeypatch.setattr("ldm.sampling.ddim.sample_ddim", lambda denoise, x, *_: iter([x * float("nan")]))
     status, said = outcome(main, "--ckpt_path", merged, "--img", DATA / "input.png", *SMALL, "--output_path",
                            tmp_path / "out")
     assert status == 2 and "NaN or infinite values instead of an image" in said.splitlines()[-1]
@@ -215,6 +216,6 @@ def test_an_image_that_is_not_finite_is_no_image(merged, tmp_path, outcome, monk
 def test_interruption_is_clean(merged, tmp_path, outcome, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr("ldm.ddim.sample_ddim", interrupted)
+    monkeypatch.setattr("ldm.sampling.ddim.sample_ddim", interrupted)
     status, said = outcome(main, "--ckpt_path", merged, "--img", DATA / "input.png", *SMALL, "--output_path", tmp_path)
     assert status == 130 and "interrupted" in said and "Traceback" not in said

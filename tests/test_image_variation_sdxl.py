@@ -9,13 +9,14 @@ from PIL import Image
 
 import controlnet_sdxl
 from image_variation_sdxl import main
-from ip_adapter import run
-from ip_adapter.build import ExtraParts, ImagePromptModel, build_model
 from ip_adapter.config import ROOT, InferenceConfig, load_config
 from ip_adapter.families import SDXL
-from ip_adapter.merge import convert, merge
+from ip_adapter.inference import run
+from ip_adapter.weights.loading import ExtraParts, ImagePromptModel, build_model
+from ip_adapter.weights.merging import convert, merge
 from ldm.model import LatentDiffusion
-from tests.conftest import DATA, arrays, assert_mistakes, narrow_xl, pictures, psnr
+from tests.support.arrays import DATA, arrays, pictures, psnr
+from tests.support.scripts import assert_mistakes, narrow_xl
 from tools import merge_ckpts_sdxl
 
 CONFIG = ROOT / "configs" / "inference" / "sd_xl_base.yaml"

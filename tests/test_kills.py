@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ip_adapter.standins import write_clip_standin
-from tests.conftest import DATA, MPI_FLAGS, ROOT, arrays, narrow_xl
+from ip_adapter.weights.dummy import write_clip_standin
+from tests.support.arrays import DATA, arrays
+from tests.support.scripts import MPI_FLAGS, ROOT, narrow_xl
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ip_adapter.drawn_world import draw, random_scene
-from tests.conftest import MPI_FLAGS, ROOT, arrays, every_core, log_of, narrow_xl
-from tests.test_train_sd import parameters
+from ip_adapter.demo.scenes import draw, random_scene
+from tests.support.arrays import arrays
+from tests.support.scripts import MPI_FLAGS, ROOT, every_core, log_of, narrow_xl
+from tests.support.training import parameters
 
 pytestmark = pytest.mark.slow
 

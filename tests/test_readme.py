@@ -14,9 +14,11 @@ from PIL import Image
 
 from ip_adapter.families import SDXL
 from ip_adapter.image_prompt import ImageProjConfig
-from ip_adapter.standins import write_clip_standin, write_standins
-from ldm.checkpoint_file import save_arrays
-from tests.conftest import DATA, ROOT, SHALLOW, SHALLOW_XL, arrays, narrow_xl, shell
+from ip_adapter.weights.dummy import write_clip_standin, write_standins
+from ldm.checkpoints.file import save_arrays
+from tests.support.arrays import DATA, arrays
+from tests.support.dummies import SHALLOW, SHALLOW_XL
+from tests.support.scripts import ROOT, narrow_xl, shell
 
 pytestmark = pytest.mark.slow
 

@@ -15,12 +15,14 @@ import pytest
 from PIL import Image
 
 import image_variation_sd
-from ip_adapter.cli import config_from
+from ip_adapter.cli.parser import config_from
+from ip_adapter.cli.training import TRAINING, training_parser
 from ip_adapter.config import TrainingConfig
 from ip_adapter.families import SD15
-from ip_adapter.merge import merge
-from ip_adapter.training_cli import TRAINING, training_parser
-from tests.conftest import ROOT, arrays, assert_adapter_is_used, assert_equal, assert_mistakes, log_of, pictures, psnr
+from ip_adapter.weights.merging import merge
+from tests.support.arrays import arrays, assert_equal, pictures, psnr
+from tests.support.scripts import ROOT, assert_adapter_is_used, assert_mistakes, log_of
+from tests.support.training import parameters
 from train_sd import main
 
 
@@ -28,10 +30,6 @@ from train_sd import main
 def words(world, merged):
     return ["--data_path", world, "--pretrained_model_path", merged, "--version", "demo", "--image_size", "64",
             "--train_batch_size", "2", "--ms_mode", "1", "--max_steps", "4", "--ckpt_save_interval", "2"]
-
-
-def parameters(folder) -> dict:
-    return arrays(folder / "ckpt" / "train_resume.ckpt")
 
 
 def test_going_on_is_exact(words, tmp_path, outcome):

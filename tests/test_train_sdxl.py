@@ -12,16 +12,17 @@ from PIL import Image
 
 import image_variation_sdxl
 from gm.conditioner import Sizes
-from ip_adapter.build import build_model
 from ip_adapter.config import ModelConfig
-from ip_adapter.dataset import ImageTextDataset
+from ip_adapter.data.dataset import ImageTextDataset
+from ip_adapter.data.features import FrozenEncoders, training_inputs
+from ip_adapter.data.stream import Draw, stack
 from ip_adapter.families import SDXL
-from ip_adapter.features import FrozenEncoders, training_inputs
-from ip_adapter.merge import merge
-from ip_adapter.stream import Draw, stack
-from ip_adapter.training import NoisePredictionLoss
+from ip_adapter.training.step import NoisePredictionLoss
+from ip_adapter.weights.loading import build_model
+from ip_adapter.weights.merging import merge
 from ldm.model import Condition
-from tests.conftest import arrays, assert_adapter_is_used, assert_equal, assert_mistakes, log_of, narrow_xl
+from tests.support.arrays import arrays, assert_equal
+from tests.support.scripts import assert_adapter_is_used, assert_mistakes, log_of, narrow_xl
 from train_sdxl import main
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.script import run_script, watch_signals  # noqa: E402
+from ip_adapter.cli.script import run_script, watch_signals  # noqa: E402
 
 watch_signals(__name__)
 
-from ip_adapter.benchmark_settings import (  # noqa: E402
+from ip_adapter.benchmark.settings import (  # noqa: E402
     ALONE,
     NO_NETWORK,
     SAMPLED,
@@ -32,7 +32,8 @@ from ip_adapter.benchmark_settings import (  # noqa: E402
     Setting,
     setting_of,
 )
-from ip_adapter.cli import (  # noqa: E402
+from ip_adapter.cli.inference import DEMOS, EITHER, add_shortcut_flags  # noqa: E402
+from ip_adapter.cli.parser import (  # noqa: E402
     Parser,
     add_config_flags,
     add_device_flags,
@@ -48,7 +49,6 @@ from ip_adapter.cli import (  # noqa: E402
 )
 from ip_adapter.config import ROOT, InferenceConfig, ModelConfig  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
-from ip_adapter.inference_cli import DEMOS, EITHER, add_shortcut_flags  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import check_apart, printable, replacing, temporary_folder, write_text  # noqa: E402
 
@@ -116,7 +116,7 @@ def main(argv: list | None = None) -> None:
                         f"{', '.join(idle)}")
     unasked = [task for task in known if (not args.against or task not in ALONE) and (not shorter or task in SAMPLED)
                and (not args.operators or task not in NO_NETWORK)]
-    from ip_adapter.benchmark_rows import COLUMNS, operator_lines, plot, table_line
+    from ip_adapter.benchmark.report import COLUMNS, operator_lines, plot, table_line
     with ExitStack() as stack:
         temporary = stack.enter_context(temporary_folder(tempfile.gettempdir()))
         folder = args.standins or temporary
@@ -170,9 +170,9 @@ def write_weights(version: str, folder: Path) -> Path:
     """Stand-ins in the sizes of a version, made once a folder, and the file they are merged into."""
     merged = folder / f"merged-{version}.safetensors"
     if not merged.exists():
-        from ip_adapter.benchmark import SIZES
-        from ip_adapter.merge import merge
-        from ip_adapter.standins import write_standins
+        from ip_adapter.benchmark.tasks import SIZES
+        from ip_adapter.weights.dummy import write_standins
+        from ip_adapter.weights.merging import merge
         logging.info("writing stand-ins of %s into %s", version, folder)
         family = SDXL if version.startswith("xl") else SD15
         merge(family, **write_standins(folder / version, SIZES[version], family=family), out=merged)
@@ -182,9 +182,9 @@ def write_weights(version: str, folder: Path) -> Path:
 def serve(args: argparse.Namespace, config: InferenceConfig) -> None:
     """Load, then do the work once for every line of standard input and answer with one of JSON; its operators too, if
     the line says so."""
-    from ip_adapter.benchmark import peak_memory, prepare
-    from ip_adapter.operator_profile import operator_times
-    from ip_adapter.run import shortcuts
+    from ip_adapter.benchmark.operators import operator_times
+    from ip_adapter.benchmark.tasks import peak_memory, prepare
+    from ip_adapter.inference.run import shortcuts
     from ldm.device import default_dtype, start_device
     start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
     loaded, work = prepare(setting_from(args, args.task[0]), args.weights, config, args.dtype or default_dtype(),
@@ -215,8 +215,8 @@ def take_turns(processes: list, times: int, profiled: bool, bounded: bool, tempo
     MEMORY_SHARE, and are `bounded` by it, mapped weights would be read from disk again and again: then it is one after
     the other.
     """
-    from ip_adapter.benchmark import physical_memory
-    from ip_adapter.benchmark_rows import Side
+    from ip_adapter.benchmark.report import Side
+    from ip_adapter.benchmark.tasks import physical_memory
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(words, temporary)) for words in processes]
         for side in sides:

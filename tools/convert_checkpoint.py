@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.script import run_script, watch_signals  # noqa: E402
+from ip_adapter.cli.script import run_script, watch_signals  # noqa: E402
 
 watch_signals(__name__)
 
-from ip_adapter.cli import Parser, checkpoint_file, output_checkpoint, start_logging  # noqa: E402
+from ip_adapter.cli.parser import Parser, checkpoint_file, output_checkpoint, start_logging  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
@@ -28,7 +28,7 @@ def main(argv: list | None = None) -> None:
                         help="precision of what is written (default: that of the source)")
     args = parser.parse_args(argv)
     start_logging()
-    from ip_adapter.merge import convert  # MindSpore is imported once the flags are found good
+    from ip_adapter.weights.merging import convert  # MindSpore is imported once the flags are found good
     path, count = convert(args.source, args.out, args.dtype)
     logging.info("%d tensors converted into %s", count, path)
 

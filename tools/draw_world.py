@@ -13,15 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.script import run_script, watch_signals  # noqa: E402
+from ip_adapter.cli.script import run_script, watch_signals  # noqa: E402
 
 watch_signals(__name__)
 
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from ip_adapter.cli import Parser, in_range, start_logging  # noqa: E402
-from ip_adapter.drawn_world import (  # noqa: E402
+from ip_adapter.cli.parser import Parser, in_range, start_logging  # noqa: E402
+from ip_adapter.demo.scenes import (  # noqa: E402
     CAPTIONS,
     draw,
     ground_caption,

@@ -11,11 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.script import run_script, watch_signals  # noqa: E402
+from ip_adapter.cli.script import run_script, watch_signals  # noqa: E402
 
 watch_signals(__name__)
 
-from ip_adapter.cli import (  # noqa: E402
+from ip_adapter.cli.inference import EITHER, INFERENCE_SDXL  # noqa: E402
+from ip_adapter.cli.parser import (  # noqa: E402
     Parser,
     add_config_flags,
     add_device_flags,
@@ -31,7 +32,6 @@ from ip_adapter.cli import (  # noqa: E402
 )
 from ip_adapter.config import InferenceConfig, SamplingConfig  # noqa: E402
 from ip_adapter.families import SD15, SDXL  # noqa: E402
-from ip_adapter.inference_cli import EITHER, INFERENCE_SDXL  # noqa: E402
 
 
 def main(argv: list | None = None) -> None:
@@ -66,17 +66,17 @@ def main(argv: list | None = None) -> None:
     if not args.clip and "clip_activation" in parser.given:
         parser.error("--clip_activation is that of the model --clip names; name one, or leave it out")
     start_logging(args.log_level)
-    from ip_adapter.results_folder import own_folder
+    from ip_adapter.evaluation.results import own_folder
     with own_folder(args.out, "--out"):
         logging.info("%s", evaluate(args, config))
 
 
 def evaluate(args: argparse.Namespace, config: InferenceConfig) -> str:
     """Make and score the images; returns the table. MindSpore is imported here, once the flags are found good."""
-    from ip_adapter.build import ExtraParts, build_model
-    from ip_adapter.clip_score import open_scorer, own_scorer
-    from ip_adapter.dataset import ImageTextDataset
-    from ip_adapter.evaluation import Evaluation
+    from ip_adapter.data.dataset import ImageTextDataset
+    from ip_adapter.evaluation.clip_evaluation import Evaluation
+    from ip_adapter.evaluation.clip_score import open_scorer, own_scorer
+    from ip_adapter.weights.loading import ExtraParts, build_model
     from ldm.device import default_dtype, start_device
     dataset = ImageTextDataset(args.images, args.size, max_broken=args.max_broken, flag="--images")
     weights = args.ckpt_path or default_checkpoint(args.version, config)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.script import run_script, watch_signals  # noqa: E402
+from ip_adapter.cli.script import run_script, watch_signals  # noqa: E402
 
 watch_signals(__name__)
 
-from ip_adapter.cli import (  # noqa: E402
+from ip_adapter.cli.inference import DEMOS  # noqa: E402
+from ip_adapter.cli.parser import (  # noqa: E402
     Parser,
     add_config_flags,
     add_device_flags,
@@ -30,8 +31,7 @@ from ip_adapter.cli import (  # noqa: E402
     start_logging,
 )
 from ip_adapter.config import InferenceConfig, SamplingConfig  # noqa: E402
-from ip_adapter.demo_tasks import TASKS  # noqa: E402
-from ip_adapter.inference_cli import DEMOS  # noqa: E402
+from ip_adapter.demo.tasks import TASKS  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import write_text  # noqa: E402
 
@@ -61,8 +61,8 @@ def main(argv: list | None = None) -> None:
     if len(several) == 2:
         raise UserError("--ckpt_path and --ip_adapter name several files both; the curve is of one of them")
     steps = sorted((step_of(path, flag), path) for flag in several for path in getattr(args, flag))
-    from ip_adapter.demo_evaluation import figure_curves  # MindSpore is imported once the flags are found good
-    from ip_adapter.results_folder import own_folder, save_image, writing
+    from ip_adapter.demo.evaluation import figure_curves  # MindSpore is imported once the flags are found good
+    from ip_adapter.evaluation.results import own_folder, save_image, writing
     from ldm.device import start_device
     with own_folder(args.out, "--out"):
         start_device(args.device_target, 0 if args.ms_mode is None else args.ms_mode, args.cpu_threads)
@@ -80,9 +80,9 @@ def judged(args: argparse.Namespace, config: InferenceConfig, folder: Path) -> d
     from PIL import Image
     from tqdm import tqdm
 
-    from ip_adapter.build import ExtraParts, build_model
-    from ip_adapter.demo_evaluation import DemoJudge
-    from ip_adapter.results_folder import save_image, writing
+    from ip_adapter.demo.evaluation import DemoJudge
+    from ip_adapter.evaluation.results import save_image, writing
+    from ip_adapter.weights.loading import ExtraParts, build_model
     from ldm.device import default_dtype
     tasks = args.task or list(TASKS)
     controlled = any(TASKS[task].controlled for task in tasks)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.script import run_script, watch_signals  # noqa: E402
+from ip_adapter.cli.script import run_script, watch_signals  # noqa: E402
 
 watch_signals(__name__)
 
+from ip_adapter.cli.merging import merge_tool  # noqa: E402
 from ip_adapter.families import SD15  # noqa: E402
-from ip_adapter.merge_tool import merge_tool  # noqa: E402
 
 FOLDER = "checkpoints/sd_models"
 DEFAULTS = {

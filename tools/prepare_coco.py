@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.script import run_script, watch_signals  # noqa: E402
+from ip_adapter.cli.script import run_script, watch_signals  # noqa: E402
 
 watch_signals(__name__)
 
-from ip_adapter.cli import Parser, start_logging  # noqa: E402
-from ip_adapter.dataset import COLUMNS, CSV_NAME  # noqa: E402
+from ip_adapter.cli.parser import Parser, start_logging  # noqa: E402
+from ip_adapter.data.dataset import COLUMNS, CSV_NAME  # noqa: E402
 from ldm.errors import UserError  # noqa: E402
 from ldm.files import (  # noqa: E402
     check_folder,

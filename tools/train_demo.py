@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder is not a package
 
-from ip_adapter.script import run_script, watch_signals  # noqa: E402
+from ip_adapter.cli.script import run_script, watch_signals  # noqa: E402
 
 watch_signals(__name__)
 
-from ip_adapter.cli import config_from, existing_file, first_existing  # noqa: E402
+from ip_adapter.cli.parser import config_from, existing_file, first_existing  # noqa: E402
+from ip_adapter.cli.training import TRAINING_DEMO, start_training, training_parser  # noqa: E402
 from ip_adapter.config import TrainingConfig  # noqa: E402
-from ip_adapter.training_cli import TRAINING_DEMO, start_training, training_parser  # noqa: E402
 from ldm.parallel import Group  # noqa: E402
 
 if TYPE_CHECKING:
-    from ip_adapter.dataset import ImageTextDataset
+    from ip_adapter.data.dataset import ImageTextDataset
 
 # Training settings that only an adapter has a use for, and those of parts that learn from features.
 OF_ADAPTERS = ("buckets", "random_crop", "recompute", "drop_image_prob", "drop_both_prob", "validation_interval",
@@ -44,7 +44,7 @@ def main(argv: list | None = None) -> None:
         parser.error("--cache_dir is empty; name a folder, for this part learns from features that are kept")
     name = f"ckpt/{part}-{{}}"
     dataset, group = start_training(args, parser.given, name)
-    from ip_adapter.training_run import own_folder
+    from ip_adapter.training.loop import own_folder
     with own_folder(args, group):
         train_part(args, config, part, name, dataset, group)
 
@@ -60,11 +60,11 @@ def train_part(args: argparse.Namespace, config: TrainingConfig, part: str, name
 
     MindSpore is imported here, once the flags are found good.
     """
-    from ip_adapter.build import ExtraParts, build_model
-    from ip_adapter.demo_training import STAGES, demo_start
-    from ip_adapter.stream import Loader, Stream
-    from ip_adapter.training import AdamW, TrainStep
-    from ip_adapter.training_run import TrainingRun, optimizer_config
+    from ip_adapter.data.stream import Loader, Stream
+    from ip_adapter.demo.stages import STAGES, demo_start
+    from ip_adapter.training.loop import TrainingRun, optimizer_config
+    from ip_adapter.training.step import AdamW, TrainStep
+    from ip_adapter.weights.loading import ExtraParts, build_model
     family, stage_of = STAGES[part]
     # Encoders learn from what is alike within a batch, so their rows keep the order they were drawn in (--alike).
     stream = Stream(len(dataset), args.train_batch_size, args.seed, group.size, group.rank,

@@ -1,6 +1,6 @@
 """CLIP's text and image transformers, one block for both; sizes and activation are values.
 
-Tokenising is in `tokenizer.py`, resizing pictures in `ip_adapter/preprocess.py`.
+Tokenising is in `tokenizer.py`, resizing pictures in `ip_adapter/images/preprocess.py`.
 """
 from __future__ import annotations
 

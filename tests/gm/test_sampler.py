@@ -3,23 +3,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from gm.choices import guidance
 from gm.denoiser import Denoiser, timesteps_of
 from gm.discretizer import DISCRETIZATIONS, discretize
 from gm.sampler import SAMPLERS, sample_dpmpp_2m, sample_euler, sample_euler_ancestral, sample_heun
-from ldm.ddim import KeptRegion
 from ldm.errors import UserError
-from ldm.schedule import NoiseSchedule
-from tests.conftest import DATA
+from ldm.sampling.ddim import KeptRegion
+from ldm.sampling.schedule import NoiseSchedule
+from tests.support.arrays import DATA
+from tests.support.samplers import formula
 
 SIGMAS = NoiseSchedule().sigmas()
-
-
-def formula(x: Tensor, t: float) -> Tensor:
-    """What tests/record/record_samplers.py has in place of a network."""
-    return ops.tanh(0.7 * x + t / 1000) - 0.1 * x
 
 
 @pytest.mark.parametrize("name, sampler", [("euler", sample_euler), ("euler_karras", sample_euler),

@@ -12,7 +12,9 @@ from dataclasses import fields, is_dataclass
 import pytest
 import yaml
 
-from ip_adapter.cli import number_of
+from ip_adapter.cli.inference import inference_parser
+from ip_adapter.cli.parser import number_of
+from ip_adapter.cli.training import TRAINING, training_parser
 from ip_adapter.config import (
     ROOT,
     InferenceConfig,
@@ -21,8 +23,6 @@ from ip_adapter.config import (
     TrainingConfig,
     load_config,
 )
-from ip_adapter.inference_cli import inference_parser
-from ip_adapter.training_cli import TRAINING, training_parser
 from ldm.errors import UserError
 
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))

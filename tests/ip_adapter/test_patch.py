@@ -8,7 +8,7 @@ from mindspore import Tensor
 
 from ip_adapter.names import image_attention_torch
 from ip_adapter.patch import patch_cross_attention, set_ip_scale, transformer_blocks, unpatch_cross_attention
-from ldm.checkpoint import parameter_shapes
+from ldm.checkpoints.loading import parameter_shapes
 from ldm.model import GuidedDenoiser
 from ldm.modules.unet import UNetConfig, UNetModel
 

@@ -8,7 +8,7 @@ from mindspore import Tensor
 
 import ldm.modules.convolution as convolution
 from ldm.modules.convolution import TILE_POINTS, Conv2d, tile_side, tile_transforms
-from tests.conftest import fill, normal
+from tests.support.arrays import fill, normal
 
 
 def convolve(x, weight, bias, stride, padding) -> np.ndarray:

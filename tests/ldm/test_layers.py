@@ -23,7 +23,7 @@ from ldm.modules.layers import (
     row_blocks,
     timestep_embedding,
 )
-from tests.conftest import fill, normal
+from tests.support.arrays import fill, normal
 
 
 @pytest.mark.parametrize("as_convolution", [False, True])

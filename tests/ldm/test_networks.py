@@ -7,12 +7,12 @@ import pytest
 from mindspore import Tensor
 from PIL import Image
 
-from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ModelConfig
-from ip_adapter.preprocess import clip_pixels, hint_pixels, open_image
+from ip_adapter.images.preprocess import clip_pixels, hint_pixels, open_image
+from ip_adapter.weights.loading import ExtraParts, build_model
 from ldm.model import Condition, Control, GuidedDenoiser, Shortcuts
 from ldm.modules.layers import GroupNorm
-from tests.conftest import DATA, reference
+from tests.support.arrays import DATA, reference
 
 PROMPTS = ["a red circle"]
 NEGATIVE = ["monochrome, lowres, bad anatomy, worst quality, low quality"]

@@ -15,7 +15,7 @@ from ldm.modules.operators import (
     layer_norm,
     pad,
 )
-from tests.conftest import normal
+from tests.support.arrays import normal
 
 
 class Weighed(nn.Cell):

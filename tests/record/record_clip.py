@@ -3,7 +3,7 @@
 From the root of the repository; the first Python has requirements.txt, the second torch, transformers and safetensors:
 
     PYTHONPATH=. PROJECT_PYTHON -c "
-    import ldm; from pathlib import Path; from ip_adapter.standins import write_clip_standin as write
+    import ldm; from pathlib import Path; from ip_adapter.weights.dummy import write_clip_standin as write
     write(Path('/tmp/clip.safetensors'))"
     TORCH_PYTHON tests/record/record_clip.py /tmp/clip.safetensors
 

@@ -8,7 +8,7 @@ trap 'rm -rf "$folder"' EXIT
 PYTHONPATH=. "$project" -c "
 import numpy as np, sys
 from pathlib import Path
-from ip_adapter.standins import MINIATURE, write_standins
+from ip_adapter.weights.dummy import MINIATURE, write_standins
 write_standins(Path(sys.argv[1]))
 write_standins(Path(sys.argv[1]) / 'second', MINIATURE, seed=1)
 np.save('tests/data/sd_latents.npy', np.random.default_rng(7).standard_normal((2, 4, 9, 13), np.float32))

@@ -9,7 +9,7 @@ PYTHONPATH=. "$project" -c "
 import sys
 from pathlib import Path
 from ip_adapter.families import SDXL
-from ip_adapter.standins import MINIATURE_XL, write_standins
+from ip_adapter.weights.dummy import MINIATURE_XL, write_standins
 write_standins(Path(sys.argv[1]), MINIATURE_XL, family=SDXL)
 " "$folder"
 

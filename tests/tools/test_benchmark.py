@@ -11,12 +11,12 @@ import sys
 import numpy as np
 import pytest
 
-from ip_adapter import benchmark_rows
-from ip_adapter.benchmark import prepare
-from ip_adapter.benchmark_rows import Side, plot
-from ip_adapter.benchmark_settings import SETTINGS, TASKS, setting_of
+from ip_adapter.benchmark import report as benchmark_rows
+from ip_adapter.benchmark.report import Side, plot
+from ip_adapter.benchmark.settings import SETTINGS, TASKS, setting_of
+from ip_adapter.benchmark.tasks import prepare
 from ip_adapter.config import InferenceConfig, ModelConfig
-from tests.conftest import ROOT, shell
+from tests.support.scripts import ROOT, shell
 
 main = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))
 

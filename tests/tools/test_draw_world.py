@@ -10,8 +10,8 @@ import pandas
 import pytest
 from PIL import Image
 
-from ip_adapter.drawn_world import COLOURS, SHAPES, Scene, agreement, draw, look
-from tests.conftest import ROOT
+from ip_adapter.demo.scenes import COLOURS, SHAPES, Scene, agreement, draw, look
+from tests.support.scripts import ROOT
 
 DRAW = runpy.run_path(str(ROOT / "tools" / "draw_world.py"))["main"]
 

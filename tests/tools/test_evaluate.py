@@ -11,14 +11,14 @@ import pandas
 import pytest
 from PIL import Image
 
+from ip_adapter.cli.inference import EITHER
 from ip_adapter.config import InferenceConfig, load_config
-from ip_adapter.drawn_world import draw, random_scene
-from ip_adapter.evaluation import Evaluation, read_results
-from ip_adapter.inference_cli import EITHER
-from ip_adapter.results_folder import own_folder
-from ip_adapter.standins import write_clip_standin
+from ip_adapter.demo.scenes import draw, random_scene
+from ip_adapter.evaluation.clip_evaluation import Evaluation, read_results
+from ip_adapter.evaluation.results import own_folder
+from ip_adapter.weights.dummy import write_clip_standin
 from ldm.errors import UserError
-from tests.conftest import ROOT, narrow_xl
+from tests.support.scripts import ROOT, narrow_xl
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))
 MAIN, DEFAULT = TOOL["main"], TOOL["default_checkpoint"]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ip_adapter.build import ExtraParts, build_model
 from ip_adapter.config import ROOT, InferenceConfig, load_config
-from ip_adapter.demo_evaluation import DemoJudge, figure_curves
-from ip_adapter.demo_tasks import TASKS
-from ip_adapter.drawn_world import draw
-from tests.conftest import shell
+from ip_adapter.demo.evaluation import DemoJudge, figure_curves
+from ip_adapter.demo.scenes import draw
+from ip_adapter.demo.tasks import TASKS
+from ip_adapter.weights.loading import ExtraParts, build_model
+from tests.support.scripts import shell
 
 DEMO = ROOT / "assets" / "sd_demo.safetensors"
 

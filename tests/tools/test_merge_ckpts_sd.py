@@ -8,8 +8,8 @@ import runpy
 
 import pytest
 
-from ip_adapter.parts import MergedKind, kind_of_file
-from tests.conftest import ROOT
+from ip_adapter.weights.parts import MergedKind, kind_of_file
+from tests.support.scripts import ROOT
 
 MERGE = runpy.run_path(str(ROOT / "tools" / "merge_ckpts_sd.py"))["main"]
 CONVERT = runpy.run_path(str(ROOT / "tools" / "convert_checkpoint.py"))["main"]

@@ -12,10 +12,12 @@ from PIL import Image
 import controlnet_sdxl
 import image_variation_sdxl
 from ip_adapter.families import SDXL
-from ip_adapter.parts import MergedKind, kind_of_file
-from ip_adapter.standins import write_standins
-from ldm.checkpoint_file import save_arrays
-from tests.conftest import DATA, ROOT, SHALLOW_XL, arrays, narrow_xl
+from ip_adapter.weights.dummy import write_standins
+from ip_adapter.weights.parts import MergedKind, kind_of_file
+from ldm.checkpoints.file import save_arrays
+from tests.support.arrays import DATA, arrays
+from tests.support.dummies import SHALLOW_XL
+from tests.support.scripts import ROOT, narrow_xl
 
 MERGE = runpy.run_path(str(ROOT / "tools" / "merge_ckpts_sdxl.py"))["main"]
 CONVERT = runpy.run_path(str(ROOT / "tools" / "convert_checkpoint.py"))["main"]

@@ -8,8 +8,9 @@ import stat
 import pytest
 from PIL import Image
 
-from ip_adapter.dataset import ImageTextDataset
-from tests.conftest import DATA, shell
+from ip_adapter.data.dataset import ImageTextDataset
+from tests.support.arrays import DATA
+from tests.support.scripts import shell
 from tools.prepare_coco import main
 
 CAPTIONS = ["A man, with a \"hat\".\n", "  two\nlines ", "a 'cat'", "日本の猫", "of a picture that is not there"]

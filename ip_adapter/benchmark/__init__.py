@@ -1,0 +1,1 @@
+"""What `tools/benchmark.py` measures: tasks, settings, the report. Nothing else imports it."""

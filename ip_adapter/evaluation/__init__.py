@@ -1,0 +1,1 @@
+"""CLIP-I and CLIP-T of images that an adapter makes, and the folder that results are kept in."""

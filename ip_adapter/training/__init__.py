@@ -1,0 +1,1 @@
+"""Training: optimizer, step, loop, resume state, log, validation, and what of a model is trained."""

@@ -1,0 +1,1 @@
+"""Checkpoint files: formats, layouts of other programs, names, and loading into networks."""
