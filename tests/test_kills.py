@@ -46,7 +46,7 @@ COMMANDS = {
     "merge": (4, "tools/merge_ckpts_sd.py --sd {base} --open_clip_vit {open_clip_vit} --ip_adapter {ip_adapter} "
                  "--vae {vae} --controlnet {controlnet} --out {out}/new/merged.ckpt"),
     "merge SDXL": (4, "tools/merge_ckpts_sdxl.py --sd_xl_base {merged_xl} --open_clip_vit {merged_xl} --ip_adapter "
-                      "{merged_xl} --controlnet {controlnet_xl} --out {out}/merged.safetensors"),
+                      "{ip_adapter_xl} --controlnet {controlnet_xl} --out {out}/merged.safetensors"),
     "convert": (4, "tools/convert_checkpoint.py --source {base} --out {out}/base.ckpt"),
     "features": (7, f"{TRAIN_SD} --cache_dir {{out}}/cache"),
     "training": (6, TRAIN_SD),
@@ -83,7 +83,8 @@ def inputs(standins, standins_xl, merged_control, merged_xl, world, tmp_path_fac
     drawings = shutil.copytree(world, folder / "drawings")
     shutil.copy(world / "6.png", drawings / "7.png")  # which is missing there
     return {**standins, "merged": merged_control, "merged_xl": merged_xl,
-            "controlnet_xl": standins_xl["controlnet"], "world": world, "drawings": drawings,
+            "controlnet_xl": standins_xl["controlnet"], "ip_adapter_xl": standins_xl["ip_adapter"],
+            "world": world, "drawings": drawings,
             "clip": folder / "clip.safetensors", "label": folder / "label.json", "image": DATA / "input.png",
             "mask": DATA / "mask.png", "hint": DATA / "hint.png"}
 
