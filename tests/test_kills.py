@@ -51,12 +51,12 @@ COMMANDS = {
     "features": (7, f"{TRAIN_SD} --cache_dir {{out}}/cache"),
     "training": (6, TRAIN_SD),
     "training SDXL": (7, f"train_sdxl.py --weight {{merged_xl}} --config {{out}}/training.yaml {TRAIN}"),
-    "validation": (7, f"{TRAIN_SD} --validation_interval 1 --validation_count 1 --validation_steps 2"),
+    "validation": (6, f"{TRAIN_SD} --validation_interval 1 --validation_count 1 --validation_steps 2 --max_steps 2"),
     "mpirun": (12, f"{MPIRUN}{TRAIN_SD} --is_parallel True"),
     "mpirun, features": (12, f"{MPIRUN}{TRAIN_SD} --is_parallel True --cache_dir {{out}}/cache"),
     "train_demo": (7, f"tools/train_demo.py --part vae {TRAIN}".replace("64", "32").replace("world", "drawings")),
-    "evaluate": (8, "tools/evaluate.py --images {world} --weights {merged} --clip {clip} --out {out}/scores --size 64 "
-                    "--sampling_steps 2 --variations 2 --count 4 --ms_mode 1"),
+    "evaluate": (6, "tools/evaluate.py --images {world} --weights {merged} --clip {clip} --out {out}/scores --size 64 "
+                    "--sampling_steps 2 --variations 2 --count 2 --ms_mode 1"),
     "evaluate_demo": (10, "tools/evaluate_demo.py --out {out}/judged --count 2 --variations 1 --steps 2 --ms_mode 1"),
     "benchmark": (8, "tools/benchmark.py --version demo --task unet_step --H 64 --W 64 --batch_size 1 "
                       "--steps 2 --repeat 1 --ms_mode 1 --json {out}/speed.json"),
@@ -64,7 +64,7 @@ COMMANDS = {
     "draw_world": (2, "tools/draw_world.py --out {out}/drawn --count 300 --size 64"),
 }
 # What a run of all tests does: each part of the program once, by one signal.
-FEW = [("image_variation_sd", signal.SIGTERM), ("controlnet_sdxl", signal.SIGINT), ("merge", signal.SIGINT),
+FEW = [("controlnet_sdxl", signal.SIGTERM), ("merge", signal.SIGINT),
        ("convert", signal.SIGKILL), ("features", signal.SIGKILL), ("validation", signal.SIGTERM),
        ("mpirun", signal.SIGKILL), ("evaluate", signal.SIGINT), ("benchmark", signal.SIGTERM),
        ("prepare_coco", signal.SIGTERM), ("draw_world", signal.SIGINT)]
