@@ -306,7 +306,17 @@ def _remove(made: list) -> None:
     """Remove a temporary file or folder, and the folders made for it that nobody has used meanwhile."""
     for path in made:
         with contextlib.suppress(OSError):
-            path.rmdir() if path is not made[0] else shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.rmdir() if path is not made[0] else _remove_folder(path) if path.is_dir() else path.unlink()
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a folder into which another thread may be writing: under its new name no further file reaches it."""
+    moved = path.with_name(f"{path.name}.removed")
+    path.rename(moved)
+    for _ in range(10):  # a file that was just being opened still gets in
+        shutil.rmtree(moved, ignore_errors=True)
+        if not moved.exists():
+            return
 
 
 def remove_unfinished() -> None:

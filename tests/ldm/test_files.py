@@ -1,8 +1,10 @@
 """Folders made for files: what fails or is stopped leaves none of them."""
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,19 @@ def test_a_temporary_folder_and_its_parents_go_at_the_end(tmp_path):
         (folder / "file").write_text("")
         assert folder.parent == tmp_path / "a" / "b"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_temporary_folder_goes_while_another_thread_writes_into_it(tmp_path):
+    def write(folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            for n in range(100000):
+                (folder / str(n)).touch()
+
+    for _ in range(20):
+        with temporary_folder(tmp_path) as folder:
+            writer = threading.Thread(target=write, args=[folder])
+            writer.start()
+            while not any(folder.iterdir()):
+                pass
+        writer.join(5)
+        assert list(tmp_path.iterdir()) == []
